@@ -1,0 +1,95 @@
+"""What attention over a cache means, in plain PyTorch, and the quickest PyTorch way to compute it.
+
+`reference` is the specification: softmax in fp32 over the entries a query may see. `attend` computes the same with
+`scaled_dot_product_attention`, never copying keys or values for the query heads that share them.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass
+class Mask:
+    """What T queries see of N slots.
+
+    `causal`: queries are the last T of slots 0..N-1. `see`: bool (B, 1 or Hkv, T, N). Neither: everything.
+    `bias`: fp32 (B, Hkv, N), added to the logits.
+    """
+
+    T: int
+    N: int
+    causal: bool = False
+    see: Tensor | None = None
+    bias: Tensor | None = None
+    device: object = None
+
+    def additive(self, dtype=torch.float32) -> Tensor | None:
+        """Return the mask as a tensor to add to the logits, (B, Hkv, T, N) or broadcastable, None if all is seen."""
+        if self.causal:
+            return _causal(self.T, self.N, dtype, self.device)
+        out = None if self.see is None else torch.zeros_like(self.see, dtype=dtype).masked_fill_(~self.see, -torch.inf)
+        if self.bias is not None:
+            bias = self.bias.to(dtype)[:, :, None, :]
+            out = bias if out is None else out + bias
+        return out
+
+
+@lru_cache(maxsize=2)  # the layers of one pass share it
+def _causal(T: int, N: int, dtype, device) -> Tensor:
+    return torch.full((T, N), -torch.inf, dtype=dtype, device=device).triu_(N - T + 1)[None, None]
+
+
+def probs(q: Tensor, k: Tensor, mask: Mask) -> Tensor:
+    """Return the attention probabilities of rotated q (B, H, T, D) over k (B, Hkv, N, D): fp32 (B, H, T, N)."""
+    B, H, T, D = q.shape
+    Hkv = k.shape[1]
+    s = q.float().reshape(B, Hkv, -1, D) @ k.float().transpose(-1, -2) / math.sqrt(D)  # (B, Hkv, G*T, N)
+    s = s.view(B, Hkv, H // Hkv, T, -1)
+    add = mask.additive()
+    if add is not None:
+        s = s + add[:, :, None]
+    return s.softmax(-1).view(B, H, T, -1)
+
+
+def reference(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
+    """Attend from q (B, H, T, D) to k, v (B, Hkv, N, D), the specification: fp32 (B, H, T, D)."""
+    B, H, T, D = q.shape
+    p = probs(q, k, mask).view(B, k.shape[1], -1, k.shape[2])
+    return (p @ v.float()).view(B, H, T, -1)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
+    """Compute `reference` in q's dtype, quickly."""
+    B, H, T, D = q.shape
+    Hkv = k.shape[1]
+    G = H // Hkv
+    if mask.causal and T == mask.N:  # the first part of a prompt: only here the upper triangle is worth skipping
+        heads = [F.scaled_dot_product_attention(q[:, g::G], k, v, is_causal=True) for g in range(G)]
+        return torch.stack(heads, 2).view(B, H, T, -1)
+    add = mask.additive(q.dtype)
+    if T <= 16:  # the G queries of a group are rows of one problem
+        if add is not None and T > 1:
+            add = add[:, :, None].expand(-1, -1, G, -1, -1).flatten(2, 3)
+        o = F.scaled_dot_product_attention(q.reshape(B, Hkv, G * T, D), k, v, attn_mask=add)
+        return o.view(B, H, T, -1)
+    heads = [F.scaled_dot_product_attention(q[:, g::G], k, v, attn_mask=add) for g in range(G)]
+    return torch.stack(heads, 2).view(B, H, T, -1)
+
+
+def ragged(q: Tensor, rows: list, mask: Mask) -> Tensor:
+    """Compute `attend` for rows of unequal length: rows[r] is k, v (n_r, D) of KV head r % Hkv of sequence r // Hkv."""
+    B, H, T, D = q.shape
+    Hkv = len(rows) // B
+    add = mask.additive(q.dtype)
+    add = None if add is None else add.expand(B, Hkv, T, -1).flatten(0, 1)  # (R, T, N)
+    q = q.view(B * Hkv, -1, T, D)  # (R, G, T, D)
+    out = []
+    for r, (k, v) in enumerate(rows):
+        see = None if add is None else add[r, :, : len(k)]
+        out.append(F.scaled_dot_product_attention(q[r : r + 1], k[None, None], v[None, None], attn_mask=see))
+    return torch.cat(out).view(B, H, T, -1)

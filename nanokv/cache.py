@@ -1,0 +1,626 @@
+"""The KV cache as an explicit object: KVCache (all layers), LayerCache (one layer), and the three kinds of method.
+
+The attention layer calls its LayerCache three times per forward pass and knows nothing else about it:
+
+    pos = cache.append(k, v, x, pos)        # 1. remember
+    o   = cache.attend(rope(q, pos), pos)   # 2. look back
+    cache.compress(q, pos)                  # 3. forget, then pack
+
+A Storage decides how an entry is represented, a Policy which entries stay, a Plan what happens across layers.
+
+Words. A *row* is one KV head of one sequence; there are R = B * Hkv of them. A *slot* is one place in a row, and slots
+are in the order in which their tokens came. An entry that was forgotten is *hidden*: its slot is never attended to
+again, and the storage reclaims its memory when that is worth a copy. Entries are numbered by their *token*, the index
+of the token they came from; their *position* is what RoPE and the causal mask use. The two differ only in caches that
+renumber.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from nanokv import attention
+
+HIDDEN = 2**31 - 1  # the token number of a forgotten entry: later than any query, so that no query sees it
+
+
+def spare(n: int, least: int = 16) -> int:
+    """Return how many slots beyond n are allocated (or left unreclaimed) to make growing and forgetting cheap."""
+    return max(least, n // 16)
+
+
+class Rows:
+    """Equal or unequal numbers of slots per row, each slot with the same fields, every field in one flat tensor.
+
+    Rows of equal length are seen as (R, N, ...) without a copy. Rows of unequal length (ragged heads) lie one behind
+    the other, each with spare slots at its end, so that no row pays for a longer one.
+    """
+
+    def __init__(self, n_rows: int, least: int = 16):
+        self.least = least
+        self.n, self.cap = [0] * n_rows, [0] * n_rows  # slots used and allocated, per row
+        self.start = [0] * n_rows  # where each row begins in the flat tensors
+        self.skip = 0  # slots at the front of every row that were popped and not yet overwritten
+        self.data: dict[str, Tensor] = {}  # field -> (sum of cap, ...)
+
+    @property
+    def equal(self) -> bool:
+        """Say whether all rows have the same length, so that they can be seen as one (R, N, ...) tensor."""
+        return len(set(self.n)) == 1 and len(set(self.cap)) == 1
+
+    @property
+    def size(self) -> int:
+        """Return the length of the longest row."""
+        return max(self.n)
+
+    def used(self, *names: str) -> int:
+        """Return the bytes of the slots in use, of some fields or of all."""
+        fields = [self.data[n] for n in names or self.data if n in self.data]
+        return sum(self.n) * sum(math.prod(f.shape[1:]) * f.element_size() for f in fields)
+
+    def add(self, name: str, shape: tuple, dtype, device, fill=0) -> None:
+        """Create a field with `fill` in every slot."""
+        self.data[name] = torch.full((sum(self.cap), *shape), fill, dtype=dtype, device=device)
+
+    def row(self, name: str, r: int) -> Tensor:
+        """Return one row of a field, (n_r, ...), as a view."""
+        lo = self.start[r] + self.skip
+        return self.data[name][lo : lo + self.n[r]]
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Return a field as (R, N, ...): a view when rows are equal, else a copy padded with zeros."""
+        field = self.data[name]
+        if self.equal:
+            return field.view(len(self.n), self.cap[0], *field.shape[1:])[:, self.skip : self.skip + self.n[0]]
+        out = field.new_zeros(len(self.n), self.size, *field.shape[1:])
+        for r, n in enumerate(self.n):
+            out[r, :n] = self.row(name, r)
+        return out
+
+    def __setitem__(self, name: str, value: Tensor) -> None:
+        """Overwrite a field from (R, N, ...); what stands beyond a row's length is ignored."""
+        if self.equal:
+            self[name].copy_(value)
+        else:
+            for r, n in enumerate(self.n):
+                self.row(name, r).copy_(value[r, :n])
+
+    def append(self, rows=None, **fields: Tensor) -> None:
+        """Add T slots to every row (or to those listed in `rows`), each field given as (rows, T, ...)."""
+        first = next(iter(fields.values()))
+        rows = None if rows is not None and len(rows) == len(self.n) else rows
+        T, which = first.shape[1], range(len(self.n)) if rows is None else rows
+        for name, value in fields.items():
+            if name not in self.data:
+                self.add(name, value.shape[2:], value.dtype, value.device)
+        self.reserve([n + T * (r in which) for r, n in enumerate(self.n)])
+        if rows is None and self.equal:
+            lo = self.skip + self.n[0]
+            self.n = [n + T for n in self.n]
+            for name, value in fields.items():
+                field = self.data[name]
+                field.view(len(self.n), self.cap[0], *field.shape[1:])[:, lo : lo + T] = value
+        else:
+            for i, r in enumerate(which):
+                self.n[r] += T
+                for name, value in fields.items():
+                    self.row(name, r)[-T:] = value[i]
+
+    def pop(self, name: str, counts: list[int]) -> list[tuple[list[int], Tensor]]:
+        """Remove the first counts[r] slots of each row; return them as (rows, (len(rows), count, ...)) batches."""
+        out = []
+        if not any(counts):
+            return out
+        for count in sorted(set(counts) - {0}):
+            rows = [r for r, c in enumerate(counts) if c == count]
+            taken = self[name][:, :count] if len(rows) == len(counts) else None
+            if taken is None:
+                taken = torch.stack([self.row(name, r)[:count] for r in rows])
+            out.append((rows, taken.clone()))
+        if len(set(counts)) == 1:  # forget by moving the front, not the data
+            self.skip += counts[0]
+            self.n = [n - counts[0] for n in self.n]
+        else:
+            self._move([n - c for n, c in zip(self.n, counts, strict=True)], None, drop=counts)
+        return out
+
+    def keep(self, mask: Tensor) -> None:
+        """Drop the slots whose mask (R, N) is False, keeping order; memory shrinks when much is dropped."""
+        order = torch.argsort(~mask, dim=1, stable=True)  # (R, N): kept slots first
+        counts = mask.sum(1).tolist()
+        fits = all(n <= c <= n + 2 * spare(n, self.least) for n, c in zip(counts, self.cap, strict=True))
+        self._move(counts, None if fits else [n + spare(n, self.least) for n in counts], order=order)
+
+    def reserve(self, need: list[int]) -> None:
+        """Make room for need[r] slots in row r."""
+        if all(self.skip + n <= c for n, c in zip(need, self.cap, strict=True)):
+            return
+        fits = all(n <= c for n, c in zip(need, self.cap, strict=True))
+        self._move(
+            self.n, None if fits else [max(c, n + spare(n, self.least)) for n, c in zip(need, self.cap, strict=True)]
+        )
+
+    def trim(self) -> None:
+        """Give back what is allocated beyond each row's length and its spare slots."""
+        caps = [n + spare(n, self.least) for n in self.n]
+        if caps != self.cap:
+            self._move(self.n, caps)
+
+    def _move(self, counts, caps, order: Tensor | None = None, drop: list[int] | None = None) -> None:
+        """Rebuild every row from its slots order[r][:counts[r]] (or all after drop[r]), in place or with new caps."""
+        new_cap = self.cap if caps is None else caps
+        start = [0] * len(new_cap)
+        for r in range(1, len(new_cap)):
+            start[r] = start[r - 1] + new_cap[r - 1]
+        for name, field in self.data.items():
+            new = field if caps is None else field.new_zeros(sum(new_cap), *field.shape[1:])
+            if self.equal and len(set(counts)) == 1 and len(set(new_cap)) == 1 and drop is None:
+                rows = self[name]  # (R, N, ...)
+                if order is not None:
+                    rows = rows[torch.arange(len(counts), device=rows.device)[:, None], order[:, : counts[0]]]
+                elif caps is None:
+                    rows = rows.clone()
+                new.view(len(counts), new_cap[0], *field.shape[1:])[:, : counts[0]] = rows
+            else:
+                for r, n in enumerate(counts):
+                    row = self.row(name, r)
+                    row = row[drop[r] :] if drop else row if order is None else row[order[r, :n]]
+                    new[start[r] : start[r] + n] = row.clone() if caps is None else row
+            self.data[name] = new
+        self.n, self.cap, self.start, self.skip = list(counts), list(new_cap), start, 0
+
+
+class Method:
+    """What every method shares: hyper-parameters set by its constructor, and nothing else until it is bound."""
+
+    renumbers = False  # positions are ranks among live entries, and keys are stored un-rotated
+    chunk = None  # the most prompt tokens that may be read at once, or None
+    bound = None  # the most live entries a row can hold once the prompt is read, or None
+
+    def check(self, config) -> None:
+        """Raise NotImplementedError, with the reason, if the method cannot work with this model."""
+
+
+class Storage(Method):
+    """Represent entries. One object per layer; `self.cache` is its LayerCache, set before the first `store`."""
+
+    writable = False  # entries can be overwritten, which merging needs
+
+    def bind(self, cache: LayerCache) -> Storage:
+        """Return a copy without entries that belongs to `cache`."""
+        new = copy.copy(self)
+        new.cache = cache
+        new.reset()
+        return new
+
+    def reset(self) -> None:
+        """Create empty state; `self.cache.n_rows` is known."""
+        raise NotImplementedError
+
+    def store(self, k: Tensor, v: Tensor, x: Tensor) -> None:
+        """Add k, v (B, Hkv, T, D) as T new slots per row; x (B, T, E) is the layer input they were made from."""
+        raise NotImplementedError
+
+    def read(self) -> tuple[Tensor, Tensor]:
+        """Return all slots as k, v (B, Hkv, N, D) in the model's dtype; shorter rows are padded."""
+        raise NotImplementedError
+
+    def read_row(self, r: int) -> tuple[Tensor, Tensor]:
+        """Return the slots of one row as k, v (n_r, D)."""
+        k, v = (t.flatten(0, 1)[r, : self.cache.n_slots[r]] for t in self.read())
+        return k, v
+
+    def drop(self, live: Tensor) -> Tensor:
+        """Reclaim what can be reclaimed of the slots that are False in live (R, N); return (R, N) of what remains."""
+        raise NotImplementedError
+
+    def pack(self) -> None:
+        """Compress what is stored; called at the end of every pass, after the policies."""
+
+    def trim(self) -> None:
+        """Give spare memory back; called once the prompt is read."""
+
+    def attend(self, q: Tensor, pos: Tensor) -> Tensor:
+        """Attend from rotated q (B, H, T, D) at pos to everything stored: (B, H, T, D)."""
+        c = self.cache
+        if not c.equal:
+            return attention.ragged(q, [c.read_row(r) for r in range(c.n_rows)], c.mask(pos))
+        k, v = c.read()
+        return attention.attend(q, k, v, c.mask(pos))
+
+    def bytes(self) -> dict[str, int]:
+        """Return the bytes in use by category: payload, scales, residual. What else is held is counted as unused."""
+        raise NotImplementedError
+
+    def constants(self) -> list[Tensor]:
+        """Return tensors derived from the model (bases, codebooks), which do not grow with the text."""
+        return []
+
+
+class Policy(Method):
+    """Decide which entries of a layer stay. Holds hyper-parameters only; state per entry lives in cache columns."""
+
+    def before(self, cache: LayerCache, n_new: int) -> None:
+        """Act before n_new entries are appended. Most policies do not."""
+
+    def __call__(self, cache: LayerCache, q: Tensor, pos: Tensor) -> None:
+        """Act after attention; q (B, H, T, D) is not rotated. Look at cache.phase to know when to act."""
+
+
+class Plan(Method):
+    """Act across layers: budgets, re-trimming, sharing, dropping rows of the hidden state."""
+
+    def before_layer(self, cache: KVCache, i: int, x: Tensor, pos: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the hidden state x (B, T, E) and positions that layer i is to read."""
+        return x, pos
+
+    def after_layer(self, cache: KVCache, i: int, x: Tensor, pos: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the hidden state and positions that the layers after i are to read."""
+        return x, pos
+
+    def after_prefill(self, cache: KVCache) -> None:
+        """Act once, when the whole prompt has passed all layers."""
+
+
+class LayerCache:
+    """The cache of one layer: a storage, the policies that thin it out, and what both may look at.
+
+    Context for methods: `layer` (index), `config`, `rope`, `attn` (the attention module, for its weights), `phase`.
+    """
+
+    def __init__(self, parent: KVCache, layer: int, attn):
+        self.parent, self.layer, self.attn = parent, layer, attn
+        self.config, self.rope, self.window = parent.config, parent.rope, parent.config.window(layer)
+        self.policies, self.renumbers = parent.policies, parent.renumbers
+        self.B, self.n_rows, self.storage = 0, 0, None
+
+    def _allocate(self, B: int, device) -> None:
+        self.B, self.n_rows, self.device = B, B * self.config.n_kv_heads, device
+        self.slots = Rows(self.n_rows)  # what is known of each slot: its token, where not implied, and columns
+        self.n_slots = [0] * self.n_rows
+        self.counts = [0] * self.n_rows  # live entries per row, known without asking the device
+        self.fills: dict[str, float] = {}  # column -> value for new slots
+        self.same = True  # every row holds the same tokens
+        self.storage = self.parent.storage.bind(self)
+
+    # What the attention layer calls
+
+    def append(self, k: Tensor, v: Tensor, x: Tensor, pos: Tensor) -> Tensor:
+        """Remember T new entries k, v (B, Hkv, T, D), k not yet rotated; return their positions (B, T)."""
+        if self.storage is None:
+            self._allocate(k.shape[0], k.device)
+        T = k.shape[2]
+        for policy in self.policies:
+            policy.before(self, T)
+        if self.renumbers:
+            pos = self._next_ranks(T)
+        else:
+            k = self.rope(k, pos)
+        self.storage.store(k, v, x)
+        self._grow(T)
+        return pos
+
+    def attend(self, q: Tensor, pos: Tensor) -> Tensor:
+        """Look back from rotated q (B, H, T, D) at pos to every live entry not later than it: (B, H, T, D)."""
+        return self.storage.attend(q, pos)
+
+    def compress(self, q: Tensor, pos: Tensor) -> None:
+        """Let policies forget entries, then let the storage pack what is left. q (B, H, T, D) is not rotated."""
+        for policy in self.policies:
+            policy(self, q, pos)
+        if self.window and not self.renumbers and self.size >= self.window:  # no later query can see further back
+            self.keep(self.token > self.parent.next_position + q.shape[2] - self.window)
+        if self.phase == "last":
+            self._reclaim()
+        self.storage.pack()
+        if self.phase == "last":
+            self.slots.trim()
+            self.storage.trim()
+
+    # What methods use
+
+    @property
+    def phase(self) -> str:
+        """Return "prompt" while more of the prompt is to come, "last" in its last pass, "decode" afterwards."""
+        return self.parent.phase
+
+    @property
+    def size(self) -> int:
+        """Return N, the slots of the longest row, hidden ones included."""
+        return max(self.n_slots) if self.storage else 0
+
+    @property
+    def equal(self) -> bool:
+        """Say whether every row has the same number of slots."""
+        return len(set(self.n_slots)) == 1
+
+    @property
+    def n_live(self) -> int:
+        """Return the live entries of the fullest row."""
+        return max(self.counts) if self.storage else 0
+
+    @property
+    def token(self) -> Tensor:
+        """Return the token of each slot, int32 (B, Hkv, N), HIDDEN where nothing lives; sizes of 1 broadcast."""
+        if "token" not in self.slots.data:
+            return torch.arange(self.size, dtype=torch.int32, device=self.device).view(1, 1, -1)
+        return self._column("token", HIDDEN)
+
+    @property
+    def live(self) -> Tensor:
+        """Return which slots hold a live entry, bool (B, Hkv, N); sizes of 1 broadcast."""
+        return self.token != HIDDEN
+
+    @property
+    def rank(self) -> Tensor:
+        """Return each live entry's place among the live ones of its row, 0 the oldest; -1 for hidden slots."""
+        live = self.live
+        return torch.where(live, live.cumsum(-1) - 1, -1)
+
+    @property
+    def pos(self) -> Tensor:
+        """Return the position of each slot, as RoPE and the mask use it; hidden slots get HIDDEN."""
+        if not self.renumbers:
+            return self.token
+        rank = self.rank
+        return torch.where(rank < 0, HIDDEN, rank)
+
+    def column(self, name: str, fill: float = 0.0, dtype=torch.float32) -> Tensor:
+        """Return a named value per slot (B, Hkv, N), `fill` for slots that were never set. Change it by set_column."""
+        if name not in self.slots.data:
+            self._explicit()
+            self.slots.add(name, (), dtype, self.device, fill)
+            self.fills[name] = fill
+        return self._column(name, fill)
+
+    def set_column(self, name: str, value: Tensor) -> None:
+        """Overwrite a column from (B, Hkv, N)."""
+        self.slots[name] = value.expand(self.B, -1, -1).reshape(self.n_rows, -1)
+
+    def keep(self, mask: Tensor) -> None:
+        """Forget the entries whose mask is False; bool (B, Hkv, N), sizes of 1 broadcast. The one way to forget."""
+        shape = (self.B, self.config.n_kv_heads, self.size)
+        self.same &= mask.shape[0] == mask.shape[1] == 1
+        self._explicit()
+        token = torch.where(mask, self.token, HIDDEN).expand(shape)
+        self.slots["token"] = token.reshape(self.n_rows, -1)
+        self.counts = (token != HIDDEN).sum(-1).flatten().tolist()
+        hidden = max(s - c for s, c in zip(self.n_slots, self.counts, strict=True))
+        if self.phase != "decode" or hidden >= spare(self.n_live):
+            self._reclaim()
+
+    def read(self) -> tuple[Tensor, Tensor]:
+        """Return all slots as k, v (B, Hkv, N, D), keys rotated by their position."""
+        k, v = self.storage.read()
+        if self.renumbers:
+            pos = self.pos[:1, :1] if self.same else self.pos
+            k = self.rope(k, torch.where(pos == HIDDEN, 0, pos))
+        return k, v
+
+    def read_row(self, r: int) -> tuple[Tensor, Tensor]:
+        """Return the slots of one row as k, v (n_r, D), keys rotated by their position."""
+        k, v = self.storage.read_row(r)
+        if self.renumbers:
+            pos = self.pos.expand(self.B, self.config.n_kv_heads, -1).flatten(0, 1)[r, : len(k)]
+            k = self.rope(k[None, None], torch.where(pos == HIDDEN, 0, pos)[None])[0, 0]
+        return k, v
+
+    def mask(self, pos: Tensor) -> attention.Mask:
+        """Return what queries at pos (B, T) may see, with the additive bias of merged entries."""
+        T, N = pos.shape[-1], self.size
+        bias = self._column("bias", 0.0) if "bias" in self.slots.data else None
+        if (
+            bias is None and "token" not in self.slots.data and self.window is None
+        ):  # slots are 0..N-1, queries the last
+            return attention.Mask(causal=T > 1, T=T, N=N, device=self.device)
+        if T == 1 and bias is None and self.window is None and min(self.counts) == N:
+            return attention.Mask(T=T, N=N)
+        pos = pos[:, None, :, None] if pos.dim() == 2 else pos[..., None]  # (B, 1 or Hkv, T, 1)
+        key = self.pos[:, :, None, :]  # (B, Hkv, 1, N)
+        see = key <= pos
+        if self.window:
+            see = see & (key > pos - self.window)
+        return attention.Mask(see=see, bias=bias, T=T, N=N)
+
+    # Bookkeeping
+
+    def _column(self, name: str, pad: float) -> Tensor:
+        value = self.slots[name]
+        if not self.slots.equal:
+            for r, n in enumerate(self.slots.n):
+                value[r, n:] = pad
+        value = value.view(self.B, self.config.n_kv_heads, -1)
+        return value[:1, :1] if name == "token" and self.same else value
+
+    def _explicit(self) -> None:
+        """Write down each slot's token, where until now slot i held token i."""
+        if "token" not in self.slots.data:
+            n = self.size
+            token = torch.arange(n, dtype=torch.int32, device=self.device).expand(self.n_rows, n)
+            self.slots.append(token=token)
+            self.fills["token"] = 0
+
+    def _grow(self, T: int) -> None:
+        """Take note of T new entries in every row."""
+        self.n_slots = [n + T for n in self.n_slots]
+        self.counts = [n + T for n in self.counts]
+        if "token" in self.slots.data:
+            first = self.parent.next_position
+            new = {n: torch.full((self.n_rows, T), f, dtype=self.slots.data[n].dtype, device=self.device)
+                   for n, f in self.fills.items()}  # fmt: skip
+            new["token"] += torch.arange(first, first + T, dtype=torch.int32, device=self.device)
+            self.slots.append(**new)
+
+    def _next_ranks(self, T: int) -> Tensor:
+        ranks = torch.arange(T, device=self.device)
+        if len(set(self.counts)) == 1:
+            return (self.counts[0] + ranks).expand(self.B, T)
+        counts = torch.tensor(self.counts, device=self.device).view(self.B, -1, 1)
+        return counts + ranks  # (B, Hkv, T)
+
+    def _reclaim(self) -> None:
+        if all(s == c for s, c in zip(self.n_slots, self.counts, strict=True)):
+            return
+        live = self.live.expand(self.B, self.config.n_kv_heads, -1).reshape(self.n_rows, -1)
+        rest = self.storage.drop(live)
+        self.slots.keep(rest)
+        self.n_slots = list(self.slots.n)
+
+
+class KVCache:
+    """The cache of a whole model, for `spec` such as "full", "kivi(bits=2)" or "streamingllm(budget=512)+kivi".
+
+    At most one storage (else `full`), policies in the order written, at most one plan. Raises ValueError for unknown
+    methods and bad parameters, NotImplementedError with the reason for what cannot be combined.
+    """
+
+    def __init__(self, model, spec="full"):
+        from nanokv.methods import parse  # which imports this module
+
+        self.config, self.rope, self.model_dtype = model.config, model.rope, model.embed.weight.dtype
+        self.storage, self.policies, self.plan = parse(spec)
+        self.spec = spec if isinstance(spec, str) else "+".join(map(str, spec))
+        self.renumbers = any(p.renumbers for p in self.policies)
+        for method in self.methods:
+            method.check(self.config)
+        self._attn = [block.attn for block in model.layers]
+        self.reset()
+
+    @property
+    def methods(self) -> list[Method]:
+        """Return the storage, the policies and the plan in use."""
+        return [self.storage, *self.policies, *([self.plan] if self.plan else [])]
+
+    @property
+    def chunk(self) -> int | None:
+        """Return the most prompt tokens that one pass may read, or None."""
+        return min((m.chunk for m in self.methods if m.chunk), default=None)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.layers = [LayerCache(self, i, attn) for i, attn in enumerate(self._attn)]
+        self.next_position = 0  # the token index of the next token, which is not the stored length
+        self.phase, self._prompt_left, self._forced = "decode", 0, None
+
+    # What the model calls
+
+    def begin(self, ids: Tensor) -> Tensor:
+        """Start a pass over ids (B, T) and return their positions (B, T)."""
+        B, T = ids.shape
+        if self._prompt_left:
+            self.phase = "prompt" if self._prompt_left > T else "last"
+        else:
+            self.phase = self._forced or ("decode" if T == 1 and self.next_position else "last")
+        if self.chunk and self.chunk < T:
+            raise ValueError(f"{self.spec} reads at most {self.chunk} tokens per pass, not {T}; use nanokv.generate")
+        first = self.layers[0]
+        if first.B not in (0, B):
+            raise ValueError(f"this cache holds a batch of {first.B}, not {B}; call reset() first")
+        self._new = T
+        if not self.renumbers:
+            self.rope.reserve(self.next_position + T)
+        return torch.arange(self.next_position, self.next_position + T, device=ids.device).expand(B, T)
+
+    def before_layer(self, i: int, x: Tensor, pos: Tensor) -> tuple[Tensor, Tensor]:
+        """Let the plan act before layer i."""
+        return self.plan.before_layer(self, i, x, pos) if self.plan else (x, pos)
+
+    def after_layer(self, i: int, x: Tensor, pos: Tensor) -> tuple[Tensor, Tensor]:
+        """Let the plan act after layer i."""
+        return self.plan.after_layer(self, i, x, pos) if self.plan else (x, pos)
+
+    def end(self) -> None:
+        """Finish a pass."""
+        self.next_position += self._new
+        self._prompt_left = max(0, self._prompt_left - self._new)
+        if self.phase == "last" and self.plan:
+            self.plan.after_prefill(self)
+
+    # What a user calls
+
+    @contextmanager
+    def prompt(self, total: int):
+        """Declare that the next `total` tokens are one prompt, in as many passes as the caller likes."""
+        self._prompt_left = total
+        try:
+            yield self
+        finally:
+            self._prompt_left = 0
+
+    @contextmanager
+    def decoding(self):
+        """Declare that passes of several tokens are continuations: policies treat them as generated text."""
+        self._forced = "decode"
+        try:
+            yield self
+        finally:
+            self._forced = None
+
+    def live_positions(self, layer: int, kv_head: int, batch: int = 0) -> Tensor:
+        """Return the indices of the tokens that live in one row, ascending, int64 (n,)."""
+        c = self.layers[layer]
+        if not c.storage:
+            return torch.empty(0, dtype=torch.int64)
+        token = c.token.expand(c.B, self.config.n_kv_heads, -1)[batch, kv_head]
+        return token[token != HIDDEN].long()
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes of every tensor this cache holds, spare room included, constants of methods not."""
+        return self.ledger()["total"]["held"]
+
+    def ledger(self) -> dict:
+        """Return the bytes held, by category, per layer and in total.
+
+        {"layers": [{...}], "total": {...}}; each holds payload, scales, columns, residual, unused, their sum `held`,
+        `constants` (not in the sum) and `full`, what an uncompressed cache of the same text would hold.
+        """
+        rows = [self._layer_ledger(c) for c in self.layers]
+        return {"layers": rows, "total": {k: sum(row[k] for row in rows) for k in rows[0]}}
+
+    def _layer_ledger(self, c: LayerCache) -> dict[str, int]:
+        out = dict.fromkeys(("payload", "scales", "columns", "residual", "unused", "held", "constants", "full"), 0)
+        if not c.storage:
+            return out
+        constants = {t.untyped_storage().data_ptr() for t in c.storage.constants()}
+        held = {}  # storages, so that views are counted once
+        for t in _tensors(c.storage) + _tensors(c.slots):
+            held[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        out |= c.storage.bytes()
+        out["columns"] += c.slots.used()
+        out["constants"] = sum(b for p, b in held.items() if p in constants)
+        out["held"] = sum(held.values()) - out["constants"]
+        out["unused"] = out["held"] - sum(out[k] for k in ("payload", "scales", "columns", "residual"))
+        width = 2 * self.config.head_dim * torch.empty(0, dtype=self.model_dtype).element_size()
+        out["full"] = self.next_position * c.n_rows * width
+        return out
+
+
+def _tensors(obj) -> list[Tensor]:
+    """Return every tensor reachable from a storage or Rows, without following the way back to the LayerCache."""
+    if isinstance(obj, Tensor):
+        return [obj]
+    if isinstance(obj, (list, tuple)):
+        return [t for o in obj for t in _tensors(o)]
+    if isinstance(obj, dict):
+        return [t for o in obj.values() for t in _tensors(o)]
+    if isinstance(obj, (Storage, Rows)):
+        return [t for name, o in vars(obj).items() if name != "cache" for t in _tensors(o)]
+    return []
+
+
+def top(score: Tensor, n, among: Tensor) -> Tensor:
+    """Return which n slots per row score highest among the candidates, bool (B, Hkv, N).
+
+    score is fp32 (B, Hkv, N), n an int or integers (B, Hkv, 1), among bool (B, Hkv, N). Ties go to the older slot.
+    """
+    order = score.masked_fill(~among, -torch.inf).argsort(-1, descending=True, stable=True)
+    place = torch.empty_like(order).scatter_(
+        -1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order)
+    )
+    return (place < n) & among

@@ -1,0 +1,137 @@
+"""Reading a prompt in parts, the decode loop, and choosing the next token."""
+
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+from nanokv.cache import KVCache
+
+CHUNK = 512  # prompt tokens per pass: bounds the memory of activations, large enough to keep the processor busy
+
+
+def prefill(model, cache: KVCache, ids: Tensor, chunk: int | None = None, progress: Callable | None = None) -> Tensor:
+    """Read a prompt ids (B, T) in parts of at most `chunk` tokens; return the last logits (B, vocab).
+
+    The cache treats the parts as one prompt. `progress` is called with the number of tokens read after each part.
+    """
+    step = min(c for c in (chunk or CHUNK, cache.chunk) if c)
+    with cache.prompt(ids.shape[1]):
+        for part in ids.split(step, dim=1):
+            logits = model(part, cache, last=True)
+            if progress:
+                progress(part.shape[1])
+    return logits[:, -1]
+
+
+def generate(
+    model,
+    cache: KVCache,
+    ids,
+    max_new_tokens: int = 128,
+    *,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    seed: int | None = None,
+    stop: Iterable[int] = (),
+    chunk: int | None = None,
+    progress: Callable | None = None,
+) -> Iterator[int]:
+    """Read the prompt `ids` (a list of token ids) into the cache and yield the tokens that follow, one at a time.
+
+    Ends after max_new_tokens, before a token of `stop`, or when the model's context is full (never, where the cache
+    renumbers). temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 switch those filters off. The last token yielded
+    has not been read into the cache; pass it first to go on. Raises ValueError for an empty or too long prompt.
+    """
+    ids = torch.as_tensor(ids, dtype=torch.long, device=model.embed.weight.device).reshape(1, -1)
+    _check(cache, ids.shape[1], temperature, top_k, top_p, min_p, repetition_penalty)
+    stop, seen = set(stop), set(ids[0].tolist()) if repetition_penalty != 1 else set()
+    rng = None
+    if temperature > 0:
+        rng = torch.Generator()
+        rng.seed() if seed is None else rng.manual_seed(seed)
+    logits = prefill(model, cache, ids, chunk, progress) if max_new_tokens > 0 else None
+    for i in range(max_new_tokens):
+        if i > 0:
+            if not cache.renumbers and cache.next_position >= cache.config.context:
+                return
+            logits = model(ids, cache, last=True)[:, -1]
+        token = sample(logits[0], temperature, top_k, top_p, min_p, repetition_penalty, seen, rng)
+        if token in stop:
+            return
+        yield token
+        seen.add(token)
+        ids = ids.new_full((1, 1), token)
+
+
+def _check(cache, n, temperature, top_k, top_p, min_p, repetition_penalty) -> None:
+    if n == 0:
+        raise ValueError("the prompt is empty")
+    context = cache.config.context
+    if not cache.renumbers and cache.next_position + n > context:
+        held = f" after the {cache.next_position} already read" if cache.next_position else ""
+        raise ValueError(
+            f"the prompt has {n} tokens{held}, the model's context {context}; methods that renumber positions, "
+            "such as streamingllm, have no such limit"
+        )
+    for name, ok, what in (
+        ("temperature", temperature >= 0, "at least 0"),
+        ("top_k", top_k >= 0, "at least 0"),
+        ("top_p", 0 < top_p <= 1, "above 0 and at most 1"),
+        ("min_p", 0 <= min_p < 1, "at least 0 and below 1"),
+        ("repetition_penalty", repetition_penalty > 0, "above 0"),
+    ):
+        if not ok:
+            raise ValueError(f"{name} must be {what}")
+
+
+def sample(logits: Tensor, temperature, top_k, top_p, min_p, repetition_penalty, seen, rng) -> int:
+    """Choose a token from logits (vocab,); `seen` are the ids that the repetition penalty applies to.
+
+    The penalty divides positive logits and multiplies negative ones (arXiv 1909.05858); then temperature, top-k,
+    top-p (the fewest tokens whose mass reaches top_p) and min-p (at least min_p times the likeliest), in this order.
+    """
+    logits = logits.float().cpu()
+    if repetition_penalty != 1 and seen:
+        at = torch.tensor(sorted(seen))
+        old = logits[at]
+        logits = logits.index_copy(0, at, torch.where(old > 0, old / repetition_penalty, old * repetition_penalty))
+    if temperature == 0:
+        return int(logits.argmax())
+    order = logits.argsort(descending=True, stable=True)
+    p = (logits[order].double() / temperature).softmax(0)
+    if top_k:
+        p[top_k:] = 0
+        p /= p.sum()
+    if top_p < 1:
+        p[p.cumsum(0) - p >= top_p] = 0
+        p /= p.sum()
+    if min_p:
+        p[p < min_p * p[0]] = 0
+    return int(order[torch.multinomial(p, 1, generator=rng)])
+
+
+def text(tokens: Iterable[int], tokenizer, stop: Iterable[str] = ()) -> Iterator[str]:
+    """Turn tokens into text as they come, ending before the first stop string.
+
+    Holds back what may still become a stop string, and incomplete UTF-8.
+    """
+    stop, stream, held = [s for s in stop if s], tokenizer.stream(), ""
+    for token in tokens:
+        held += stream.push(token)
+        cut = min((held.find(s) for s in stop if s in held), default=-1)
+        if cut >= 0:
+            if cut:
+                yield held[:cut]
+            return
+        keep = max((n for s in stop for n in range(1, len(s)) if held.endswith(s[:n])), default=0)
+        if len(held) > keep:
+            yield held[: len(held) - keep]
+            held = held[len(held) - keep :]
+    held += stream.flush()
+    cut = min((held.find(s) for s in stop if s in held), default=len(held))
+    if held[:cut]:
+        yield held[:cut]

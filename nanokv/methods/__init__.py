@@ -1,0 +1,134 @@
+"""Finding methods: one file of this folder is one method, named after the file.
+
+A method file has a header (Paper, Axis, Idea, Stores, Bytes, Acts, Differs) and one class derived from Storage, Policy
+or Plan. The parameters of its constructor are its hyper-parameters, on the command line too. Nothing else registers it.
+"""
+
+import ast
+import importlib
+import inspect
+import pkgutil
+import re
+from dataclasses import dataclass
+from functools import cache
+
+from nanokv.cache import Method, Plan, Policy, Storage
+
+AXES = ("token", "head", "layer", "channel", "bits", "none")
+
+
+@dataclass(frozen=True)
+class Info:
+    """Describe one method: kind is storage, policy or plan; axis what it shrinks; parameters name -> default."""
+
+    name: str
+    kind: str
+    axis: str
+    paper: str
+    parameters: dict
+    header: str
+    cls: type
+
+    def __call__(self, **parameters) -> Method:
+        """Construct the method; ValueError names what is wrong with a parameter."""
+        unknown = [p for p in parameters if p not in self.parameters]
+        if unknown:
+            has = ", ".join(self.parameters) or "none"
+            raise ValueError(f"{self.name} has no parameter {unknown[0]!r}; it has: {has}")
+        required = [p for p, v in self.parameters.items() if v is inspect.Parameter.empty and p not in parameters]
+        if required:
+            raise ValueError(f"{self.name} needs {' and '.join(required)}, for example {required[0]}=512")
+        for p, value in parameters.items():
+            _check_type(self.name, p, self.parameters[p], value)
+        method = self.cls(**parameters)
+        method.name = self.name
+        return method
+
+
+def _check_type(method: str, name: str, default, value) -> None:
+    """Refuse a value of another type than the default's; without a default, or with None, any type will do."""
+    if default is None or default is inspect.Parameter.empty:
+        return
+    kinds = (int, float) if isinstance(default, float) else (type(default),)
+    if not isinstance(value, kinds) or (isinstance(value, bool) and not isinstance(default, bool)):
+        raise ValueError(f"{method}: {name} must be {kinds[-1].__name__}, got {value!r}")
+
+
+def sections(header: str) -> dict[str, str]:
+    """Split a method file's header into its sections, {"Paper": ..., "Idea": ...}, with line breaks folded."""
+    parts = re.split(r"^(Paper|Axis|Idea|Stores|Bytes|Acts|Differs):", inspect.cleandoc(header), flags=re.M)
+    return {k: " ".join(v.split()) for k, v in zip(parts[1::2], parts[2::2], strict=True)}
+
+
+@cache
+def _info(module_name: str) -> Info:
+    module = importlib.import_module(module_name)
+    name = module_name.rpartition(".")[2]
+    own = [
+        c for c in vars(module).values() if inspect.isclass(c) and issubclass(c, Method) and c.__module__ == module_name
+    ]
+    if len(own) != 1:
+        raise ValueError(f"{name}: a method file holds exactly one Storage, Policy or Plan, found {len(own)}")
+    kind = next(k.__name__.lower() for k in (Storage, Policy, Plan) if issubclass(own[0], k))
+    head = sections(module.__doc__ or "")
+    missing = [s for s in ("Paper", "Axis", "Idea", "Stores", "Bytes", "Acts", "Differs") if s not in head]
+    if missing:
+        raise ValueError(f"{name}: the header lacks {', '.join(missing)}")
+    params = {p.name: p.default for p in list(inspect.signature(own[0].__init__).parameters.values())[1:]
+              if p.kind is not p.VAR_POSITIONAL and p.kind is not p.VAR_KEYWORD}  # fmt: skip
+    return Info(name, kind, head["Axis"], head["Paper"], params, inspect.cleandoc(module.__doc__), own[0])
+
+
+def available() -> list[Info]:
+    """List the methods there are, by name."""
+    names = sorted(m.name for m in pkgutil.iter_modules(__path__))
+    return [_info(f"{__name__}.{name}") for name in names]
+
+
+def find(name: str) -> Info:
+    """Return the method called `name`; ValueError lists what there is."""
+    names = [m.name for m in pkgutil.iter_modules(__path__)]
+    if name not in names:
+        raise ValueError(f"unknown method {name!r}; there are: {', '.join(sorted(names))}")
+    return _info(f"{__name__}.{name}")
+
+
+def parse(spec) -> tuple[Storage, list[Policy], Plan | None]:
+    """Turn "snapkv(budget=512)+kivi(bits=2)", or a list of methods, into a storage, policies and a plan or None.
+
+    Raises ValueError for what cannot be read, and for two storages or two plans.
+    """
+    made = _terms(spec) if isinstance(spec, str) else [spec] if isinstance(spec, Method) else list(spec)
+    kinds = {kind: [m for m in made if isinstance(m, kind)] for kind in (Storage, Policy, Plan)}
+    for kind in (Storage, Plan):
+        if len(kinds[kind]) > 1:
+            names = " and ".join(m.name for m in kinds[kind])
+            raise ValueError(f"{names} are both {kind.__name__.lower()}s; a cache has at most one")
+    storage = kinds[Storage][0] if kinds[Storage] else find("full")()
+    return storage, kinds[Policy], kinds[Plan][0] if kinds[Plan] else None
+
+
+def terms(spec: str) -> list[tuple[str, dict]]:
+    """Split a spec into (method name, parameters) pairs."""
+    try:
+        tree = ast.parse(spec.strip(), mode="eval").body
+        out = []
+        while True:
+            tree, node = (tree.left, tree.right) if _is_sum(tree) else (None, tree)
+            name = node.func.id if isinstance(node, ast.Call) else node.id
+            call = node if isinstance(node, ast.Call) else None
+            if call and (call.args or any(k.arg is None for k in call.keywords)):
+                raise ValueError
+            out.insert(0, (name, {k.arg: ast.literal_eval(k.value) for k in call.keywords} if call else {}))
+            if tree is None:
+                return out
+    except (SyntaxError, ValueError, AttributeError):
+        raise ValueError(f"cannot read {spec!r}; write for example streamingllm(budget=512)+kivi(bits=2)") from None
+
+
+def _is_sum(node) -> bool:
+    return isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add)
+
+
+def _terms(spec: str) -> list[Method]:
+    return [find(name)(**parameters) for name, parameters in terms(spec)]

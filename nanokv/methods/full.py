@@ -1,0 +1,43 @@
+"""Keep every key and value as the model made them.
+
+Paper: none; the baseline every other method is measured against.
+Axis: none
+Idea: The keys and values of past tokens do not change, so store them instead of computing them again.
+Stores: k and v, (Hkv, N, D) each, in the model's dtype; keys rotated, unless a policy renumbers.
+Bytes: payload = 2 * N * Hkv * D * itemsize per layer, N live entries per KV head. Unused: at most max(16, N / 16) spare
+    slots per KV head beyond N, forgotten entries not yet reclaimed among them.
+Acts: never. The first generated token sees the exact prompt.
+Differs: -
+"""
+
+from nanokv.cache import Rows, Storage
+
+
+class Full(Storage):
+    """Hold keys and values of each row in one growing buffer."""
+
+    writable = True
+
+    def reset(self):
+        self.kv = Rows(self.cache.n_rows)
+
+    def store(self, k, v, x):
+        self.kv.append(k=k.flatten(0, 1), v=v.flatten(0, 1))
+
+    def read(self):
+        B = self.cache.B
+        return self.kv["k"].unflatten(0, (B, -1)), self.kv["v"].unflatten(0, (B, -1))
+
+    def read_row(self, r):
+        return self.kv.row("k", r), self.kv.row("v", r)
+
+    def drop(self, live):
+        self.kv.keep(live)
+        return live
+
+    def trim(self):
+        self.kv.trim()
+
+    def bytes(self):
+        k = self.kv.data["k"]
+        return {"payload": 2 * sum(self.cache.counts) * k.shape[-1] * k.element_size()}

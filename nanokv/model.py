@@ -1,0 +1,226 @@
+"""The decoder, read top to bottom: config, RMSNorm, RoPE, attention, SwiGLU, block, model.
+
+One class covers Llama 2/3, Mistral, SmolLM2, Qwen2 and Qwen3: they differ by a few switches of `Config`. The attention
+layer calls its cache three times and knows nothing else about it; everything this project is about happens behind
+those three calls (nanokv/cache.py).
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Config:
+    """Describe one model. Sizes are counts, `context` is in tokens, `windows` holds one entry per layer."""
+
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    hidden: int
+    ffn: int
+    vocab: int
+    context: int
+    eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: dict | None = None  # {"type": "linear" | "llama3", ...}, None for plain RoPE
+    tied: bool = True  # the output projection is the embedding matrix
+    qkv_bias: bool = False  # Qwen2
+    o_bias: bool = False
+    qk_norm: bool = False  # Qwen3
+    windows: tuple = ()  # sliding window of each layer in tokens (None: sees everything); () means no layer has one
+    eos: tuple = ()  # token ids that end a text
+    name: str = "llama"
+
+    @property
+    def group(self) -> int:
+        """Return G, the number of query heads that share one KV head."""
+        return self.n_heads // self.n_kv_heads
+
+    def window(self, layer: int) -> int | None:
+        """Return the sliding window of a layer in tokens, or None."""
+        return self.windows[layer] if self.windows else None
+
+
+class RMSNorm(nn.Module):
+    """Scale x (..., E) to unit root mean square, in fp32, then by a learnt gain."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.float()
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * y.to(x.dtype)
+
+
+class RoPE:
+    """Rotate pairs of channels (i, i + D/2) by the angle position * frequency_i.
+
+    A dot product of two rotated vectors depends on their distance only, which is why a cache may renumber its entries
+    as long as it keeps their keys un-rotated. Source: arXiv 2104.09864; scaling as in Llama 3.1.
+    """
+
+    def __init__(self, config: Config, device=None):
+        D = config.head_dim
+        inv = 1.0 / config.rope_theta ** (torch.arange(0, D, 2, dtype=torch.int64).float() / D)
+        self.inv_freq = _scale_frequencies(inv, config.rope_scaling).to(device)  # (D/2,)
+        self._table = None  # cos and sin of positions 0..n-1, (2, n, D/2)
+        self._last = (None, None, None)
+        self.reserve(config.context)
+
+    def reserve(self, n: int) -> None:
+        """Make sure that positions 0..n-1 have their angles."""
+        if self._table is None or n > self._table.shape[1]:
+            n = 1 << (n - 1).bit_length() if self._table is not None else n
+            angle = torch.arange(n, device=self.inv_freq.device).float()[:, None] * self.inv_freq  # (n, D/2)
+            self._table = torch.stack([angle.cos(), angle.sin()])
+
+    def tables(self, pos: Tensor, dtype=torch.float32) -> tuple[Tensor, Tensor]:
+        """Return cos and sin of shape (*pos.shape, D/2) for integer positions."""
+        key, dt, out = self._last
+        if key is pos and dt is dtype:  # every layer of one step asks for the same positions
+            return out
+        out = tuple(self._table[:, pos].to(dtype).unbind(0))
+        self._last = (pos, dtype, out)
+        return out
+
+    def __call__(self, x: Tensor, pos: Tensor) -> Tensor:
+        """Rotate x (B, H, T, D) by pos, integers (B, T) or (B, H, T); a size of 1 broadcasts. x is not changed."""
+        cos, sin = self.tables(pos, x.dtype)  # (B, T, D/2) or (B, H, T, D/2)
+        if pos.dim() == 2:
+            cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+        a, b = x.chunk(2, dim=-1)
+        return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+
+def _scale_frequencies(inv: Tensor, scaling: dict | None) -> Tensor:
+    if not scaling:
+        return inv
+    factor = float(scaling["factor"])
+    if scaling["type"] == "linear":
+        return inv / factor
+    # llama3: long wavelengths are stretched by the factor, short ones kept, those between blended linearly
+    low, high = float(scaling["low_freq_factor"]), float(scaling["high_freq_factor"])
+    turns = float(scaling["original_max_position_embeddings"]) * inv / (2 * math.pi)  # full turns in the old context
+    blend = ((turns - low) / (high - low)).clamp(0, 1)
+    return (1 - blend) * inv / factor + blend * inv
+
+
+class Linear(nn.Linear):
+    """A linear layer that turns a single row in bf16 into a matrix-vector product, which CPUs do much faster."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.numel() == x.shape[-1] and x.dtype == torch.bfloat16 and x.device.type == "cpu" and not x.requires_grad:
+            y = torch.mv(self.weight, x.view(-1))
+            return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], -1)
+        return super().forward(x)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention whose past lives in the cache."""
+
+    def __init__(self, c: Config, rope: RoPE):
+        super().__init__()
+        self.rope = rope
+        self.n_heads, self.n_kv_heads, self.head_dim = c.n_heads, c.n_kv_heads, c.head_dim
+        self.widths = (c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim, c.n_kv_heads * c.head_dim)
+        self.qkv = Linear(c.hidden, sum(self.widths), bias=c.qkv_bias)
+        self.o = Linear(c.n_heads * c.head_dim, c.hidden, bias=c.o_bias)
+        self.q_norm = RMSNorm(c.head_dim, c.eps) if c.qk_norm else None
+        self.k_norm = RMSNorm(c.head_dim, c.eps) if c.qk_norm else None
+
+    def forward(self, x: Tensor, pos: Tensor, cache) -> Tensor:
+        """Attend from x (B, T, E) at positions pos (B, T) to everything `cache` (a LayerCache) remembers."""
+        B, T, _ = x.shape
+        q, k, v = (y.view(B, T, -1, self.head_dim).transpose(1, 2) for y in self.qkv(x).split(self.widths, -1))
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)  # (B, H, T, D), (B, Hkv, T, D)
+        pos = cache.append(k, v, x, pos)  # remember
+        o = cache.attend(self.rope(q, pos), pos)  # look back: (B, H, T, D)
+        cache.compress(q, pos)  # forget, then pack
+        return self.o(o.transpose(1, 2).reshape(B, T, -1))
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)), with gate and up in one matrix."""
+
+    def __init__(self, c: Config):
+        super().__init__()
+        self.gate_up = Linear(c.hidden, 2 * c.ffn, bias=False)
+        self.down = Linear(c.ffn, c.hidden, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+
+class Block(nn.Module):
+    """Attention and feed-forward, each on the normalised residual stream."""
+
+    def __init__(self, c: Config, rope: RoPE):
+        super().__init__()
+        self.attn_norm, self.attn = RMSNorm(c.hidden, c.eps), Attention(c, rope)
+        self.ffn_norm, self.ffn = RMSNorm(c.hidden, c.eps), SwiGLU(c)
+
+    def forward(self, x: Tensor, pos: Tensor, cache) -> Tensor:
+        x = x + self.attn(self.attn_norm(x), pos, cache)
+        return x + self.ffn(self.ffn_norm(x))
+
+
+class Decoder(nn.Module):
+    """A Llama-family language model. `model(ids, cache)` reads new tokens and returns their logits."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config, self.rope = config, RoPE(config, torch.device("cpu"))
+        self.embed = nn.Embedding(config.vocab, config.hidden)
+        self.layers = nn.ModuleList(Block(config, self.rope) for _ in range(config.n_layers))
+        self.norm = RMSNorm(config.hidden, config.eps)
+        self.head = Linear(config.hidden, config.vocab, bias=False)
+        if config.tied:
+            self.head.weight = self.embed.weight
+
+    @torch.inference_mode()
+    def forward(self, ids: Tensor, cache, last: bool = False) -> Tensor:
+        """Read ids (B, T) after what `cache` (a KVCache, changed in place) holds; return logits (B, T, vocab).
+
+        With `last` only the logits of the last position are computed: (B, 1, vocab).
+        """
+        pos = cache.begin(ids)  # (B, T)
+        x = self.embed(ids)  # (B, T, E)
+        for i, block in enumerate(self.layers):
+            x, pos = cache.before_layer(i, x, pos)
+            x = block(x, pos, cache.layers[i])
+            x, pos = cache.after_layer(i, x, pos)
+        cache.end()
+        return self.head(self.norm(x[:, -1:] if last else x))
+
+    def slots(self) -> dict[str, Tensor]:
+        """Return a writable view for every tensor of a checkpoint, under its name in the hub's layout.
+
+        Queries, keys and values share one matrix here, as do gate and up; the views are where the parts go.
+        """
+        c, out = self.config, {"model.embed_tokens.weight": self.embed.weight, "model.norm.weight": self.norm.weight}
+        if not c.tied:
+            out["lm_head.weight"] = self.head.weight
+        for i, block in enumerate(self.layers):
+            p, a = f"model.layers.{i}.", block.attn
+            for kind in ("weight", "bias") if c.qkv_bias else ("weight",):
+                parts = getattr(a.qkv, kind).data.split(a.widths)
+                out |= {f"{p}self_attn.{n}_proj.{kind}": t for n, t in zip("qkv", parts, strict=True)}
+            gate, up = block.ffn.gate_up.weight.data.chunk(2)
+            out |= {p + "mlp.gate_proj.weight": gate, p + "mlp.up_proj.weight": up}
+            out |= {p + "mlp.down_proj.weight": block.ffn.down.weight, p + "self_attn.o_proj.weight": a.o.weight}
+            out |= {p + "input_layernorm.weight": block.attn_norm.weight}
+            out |= {p + "post_attention_layernorm.weight": block.ffn_norm.weight}
+            if c.o_bias:
+                out[p + "self_attn.o_proj.bias"] = a.o.bias
+            if c.qk_norm:
+                out |= {p + "self_attn.q_norm.weight": a.q_norm.weight, p + "self_attn.k_norm.weight": a.k_norm.weight}
+        return {name: t.detach() for name, t in out.items()}
