@@ -74,7 +74,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
     add = mask.additive(q.dtype)
     if T <= 16:  # the G queries of a group are rows of one problem
         if add is not None and T > 1:
-            add = add[:, :, None].expand(-1, -1, G, -1, -1).flatten(2, 3)
+            add = add[:, :, None].expand(-1, -1, G, T, -1).flatten(2, 3)
         o = F.scaled_dot_product_attention(q.reshape(B, Hkv, G * T, D), k, v, attn_mask=add)
         return o.view(B, H, T, -1)
     heads = [F.scaled_dot_product_attention(q[:, g::G], k, v, attn_mask=add) for g in range(G)]

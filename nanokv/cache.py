@@ -109,7 +109,7 @@ class Rows:
             for i, r in enumerate(which):
                 self.n[r] += T
                 for name, value in fields.items():
-                    self.row(name, r)[-T:] = value[i]
+                    self.row(name, r)[self.n[r] - T :] = value[i]
 
     def pop(self, name: str, counts: list[int]) -> list[tuple[list[int], Tensor]]:
         """Remove the first counts[r] slots of each row; return them as (rows, (len(rows), count, ...)) batches."""
@@ -619,8 +619,7 @@ def top(score: Tensor, n, among: Tensor) -> Tensor:
 
     score is fp32 (B, Hkv, N), n an int or integers (B, Hkv, 1), among bool (B, Hkv, N). Ties go to the older slot.
     """
-    order = score.masked_fill(~among, -torch.inf).argsort(-1, descending=True, stable=True)
-    place = torch.empty_like(order).scatter_(
-        -1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order)
-    )
-    return (place < n) & among
+    order = torch.argsort(score, dim=-1, descending=True, stable=True)
+    order = order.gather(-1, torch.argsort((~among).gather(-1, order).byte(), dim=-1, stable=True))  # candidates first
+    place = torch.arange(order.shape[-1], device=order.device).expand_as(order)
+    return (torch.empty_like(order).scatter_(-1, order, place) < n) & among

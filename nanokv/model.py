@@ -102,6 +102,8 @@ class RoPE:
 def _scale_frequencies(inv: Tensor, scaling: dict | None) -> Tensor:
     if not scaling:
         return inv
+    if scaling["type"] == "factors":  # a GGUF file stores llama3 scaling as its effect, a divisor per frequency
+        return inv / torch.tensor(scaling["factors"])
     factor = float(scaling["factor"])
     if scaling["type"] == "linear":
         return inv / factor

@@ -20,7 +20,11 @@ def test_packing_is_lossless_and_dense(bits):
 def _dequantise(x, bits):
     codes, scale, low = quantise(x, bits)
     assert 0 <= int(codes.min()) and int(codes.max()) <= 2**bits - 1
-    return codes.float() * scale.float()[..., None] + low.float()[..., None], scale.float()[..., None], low.float()[..., None]
+    return (
+        codes.float() * scale.float()[..., None] + low.float()[..., None],
+        scale.float()[..., None],
+        low.float()[..., None],
+    )
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
@@ -170,7 +174,9 @@ def test_attend_equals_the_reference_over_read(spec):
     assert tiny.rms(c.attend(q, pos), reference(q, k, v, c.mask(pos))) < 1e-6
 
 
-@pytest.mark.parametrize("bad", [{"bits": 3}, {"bits": 0}, {"group": 12}, {"group": 0}, {"residual": 16}, {"residual": 40}])
+@pytest.mark.parametrize(
+    "bad", [{"bits": 3}, {"bits": 0}, {"group": 12}, {"group": 0}, {"residual": 16}, {"residual": 40}]
+)
 def test_bad_parameters_are_refused(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         KIVI(**bad)

@@ -36,7 +36,9 @@ def _oracle(m, text, budget, n_sink):
         x = m.embed(text[:, t : t + 1])
         for block, (ks, vs) in zip(m.layers, store, strict=True):
             h = block.attn_norm(x)
-            q, k, v = (y.view(1, 1, -1, c.head_dim).transpose(1, 2) for y in block.attn.qkv(h).split(block.attn.widths, -1))
+            q, k, v = (
+                y.view(1, 1, -1, c.head_dim).transpose(1, 2) for y in block.attn.qkv(h).split(block.attn.widths, -1)
+            )
             ks.append(k), vs.append(v)
             if len(ks) > budget:
                 del ks[n_sink], vs[n_sink]

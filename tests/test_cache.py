@@ -1,0 +1,309 @@
+"""The cache itself: rows, slots, forgetting, positions, the ledger."""
+
+import ast
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import nanokv
+from nanokv import KVCache, methods
+from nanokv.attention import Mask, attend, probs, ragged, reference
+from nanokv.cache import HIDDEN, Policy, Rows, Storage, spare, top
+from nanokv.methods.full import Full
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.sampled_from("append extend pop pop_all keep trim set".split()), st.integers(0, 2**16)),
+        max_size=14,
+    )
+)
+def test_rows_behave_like_lists(plan):
+    """Any sequence of operations gives what the same operations give on three plain lists."""
+    rows, lists, counter = Rows(3, least=2), [[], [], []], 0
+    for op, seed in plan:
+        rng = torch.Generator().manual_seed(seed)
+        pick = lambda n, rng=rng: int(torch.randint(0, n + 1, (1,), generator=rng))  # noqa: E731
+        if op == "append" or (op == "extend" and not rows.data):
+            T = pick(5)
+            new = torch.arange(counter, counter + 3 * T).view(3, T, 1).repeat(1, 1, 2)
+            rows.append(a=new, b=new[..., 0].float())
+            for r in range(3):
+                lists[r] += new[r, :, 0].tolist()
+        elif op == "extend":
+            T, which = pick(3), [0, 2]
+            new = torch.arange(counter, counter + 2 * T).view(2, T, 1).repeat(1, 1, 2)
+            rows.append(which, a=new, b=new[..., 0].float())
+            for i, r in enumerate(which):
+                lists[r] += new[i, :, 0].tolist()
+        elif not rows.data:
+            continue
+        elif op in ("pop", "pop_all"):
+            counts = [pick(len(x)) for x in lists]
+            if op == "pop_all":
+                counts = [min(counts)] * 3
+            for which, taken in rows.pop("a", counts):
+                for i, r in enumerate(which):
+                    assert taken[i, :, 0].tolist() == lists[r][: counts[r]]
+            lists = [x[c:] for x, c in zip(lists, counts, strict=True)]
+        elif op == "keep":
+            mask = torch.rand(3, rows.size, generator=rng) < 0.5
+            for r in range(3):
+                mask[r, rows.n[r] :] = False
+                lists[r] = [x for x, m in zip(lists[r], mask[r].tolist(), strict=False) if m]
+            rows.keep(mask)
+        elif op == "set":
+            rows["b"] = rows["b"] + 0.25
+            rows["b"] = rows["b"] - 0.25
+        else:
+            rows.trim()
+            assert all(c == n + spare(n, 2) for n, c in zip(rows.n, rows.cap, strict=True))
+        counter += 100
+        assert rows.n == [len(x) for x in lists]
+        for r in range(3):
+            if rows.data:
+                assert rows.row("a", r)[:, 0].tolist() == lists[r]
+                assert rows.row("b", r).tolist() == rows["b"][r, : rows.n[r]].tolist() == lists[r]
+        assert all(len(f) == sum(rows.cap) for f in rows.data.values())
+
+
+def test_growing_copies_rarely():
+    rows, copies = Rows(2), 0
+    for _ in range(4000):
+        before = rows.data["a"].data_ptr() if rows.data else 0
+        rows.append(a=torch.zeros(2, 1, 4))
+        copies += rows.data["a"].data_ptr() != before
+    assert copies < 110  # each copy makes room for a sixteenth more: log(4000 / 256) / log(17 / 16) + 256 / 16 = 61
+
+
+def test_top_is_stable_and_ignores_what_is_not_offered():
+    score = torch.tensor([[[1.0, 3, 3, 9, 3, 0]]])
+    among = torch.tensor([[[True, True, True, False, True, True]]])
+    assert top(score, 2, among).tolist() == [[[False, True, True, False, False, False]]]
+    assert top(score, 4, among).tolist() == [[[True, True, True, False, True, False]]]
+    assert top(score, 9, among).tolist() == among.tolist()
+    assert top(torch.full_like(score, -torch.inf), 1, among).tolist() == [[[True] + [False] * 5]]
+    per_row = top(score.expand(1, 2, -1), torch.tensor([[[1], [0]]]), among.expand(1, 2, -1))
+    assert per_row.sum(-1).tolist() == [[1, 0]]
+
+
+class Drop(Policy):
+    """Forget chosen tokens of chosen rows at the end of the prompt or in a step."""
+
+    def __init__(self, plan):
+        self.plan, self.name = plan, "drop"
+
+    def __call__(self, cache, q, pos):
+        now = cache.parent.next_position + q.shape[2]
+        for at, head, tokens in self.plan:
+            if at == now:
+                heads = torch.arange(cache.config.n_kv_heads).view(1, -1, 1)
+                gone = torch.isin(cache.token, torch.tensor(tokens, dtype=torch.int32))
+                cache.keep(~(gone & ((heads == head) | (head is None))))
+
+
+@pytest.mark.parametrize("storage", [None, "kivi"])
+def test_ragged_heads_are_stored_ragged_and_attended_exactly(storage):
+    m = tiny.model(n_layers=1)
+    text = tiny.ids(120)
+    plan = [(100, 0, list(range(10, 80))), (110, 1, [5, 101, 102]), (112, 0, [111])]
+    cache = KVCache(m, [Drop(plan)] + ([methods_by_name(storage)(bits=8)] if storage else []))
+    full = KVCache(m)
+    for c in (cache, full):
+        tiny.feed(m, c, text[:, :100])
+        tiny.steps(m, c, text[:, 100:])
+    c, f = cache.layers[0], full.layers[0]
+    gone = [{*range(10, 80), 111}, {5, 101, 102}]
+    for h in (0, 1):
+        assert cache.live_positions(0, h).tolist() == [t for t in range(120) if t not in gone[h]]
+    assert c.counts == [120 - 71, 120 - 3] and not c.equal
+    q, pos = torch.randn(1, 6, 1, 32), torch.tensor([[120]])
+    got = c.attend(q, pos)
+    assert tiny.rms(got, reference(q, *c.read(), c.mask(pos))) < 1e-6
+    k, v = f.read()
+    for h in (0, 1):
+        live = cache.live_positions(0, h)
+        one = reference(q[:, 3 * h : 3 * h + 3], k[:, h : h + 1, live], v[:, h : h + 1, live], Mask(1, len(live)))
+        assert tiny.rms(got[:, 3 * h : 3 * h + 3], one) < (1e-6 if not storage else 1e-2)
+    if not storage:  # bytes of rows of 49 and 117 slots, not of two rows of 117
+        assert cache.ledger()["total"]["payload"] == (49 + 117) * 2 * 32 * 4
+        assert cache.nbytes < (49 + 117 + 4 * 16) * (2 * 32 * 4 + 4)
+
+
+def methods_by_name(name):
+    return next(i for i in methods() if i.name == name)
+
+
+def test_hidden_entries_are_unseen_at_once_and_reclaimed_later():
+    m = tiny.model(n_layers=1)
+    cache = KVCache(m, [Drop([(t, None, [t - 5]) for t in range(60, 91)])])
+    tiny.feed(m, cache, tiny.ids(59))
+    sizes = []
+    for t in range(59, 90):
+        tiny.steps(m, cache, tiny.ids(1, seed=t))
+        c = cache.layers[0]
+        sizes.append(c.size - c.n_live)
+        assert cache.live_positions(0, 0).tolist() == [*range(55), *range(t - 3, t + 1)]
+        assert (c.token == HIDDEN).sum() == c.size - c.n_live
+        assert c.rank[c.live].tolist() == list(range(c.n_live))
+    assert max(sizes) == 15 and 0 in sizes[2:]  # sixteen spare slots, then one copy
+
+
+def test_columns_follow_their_entries():
+    m = tiny.model(n_layers=1)
+
+    class Mark(Policy):
+        name = "mark"
+
+        def __call__(self, cache, q, pos):
+            mark = cache.column("mark", fill=-1.0)
+            cache.set_column("mark", torch.where(mark < 0, cache.token.float() * 10, mark))
+
+    drops = [(30, 0, [1, 2, 3, 20]), (30, 1, [7]), (36, 1, [0, 31]), (60, None, [40])]
+    cache = KVCache(m, [Mark(), Drop(drops)])
+    tiny.feed(m, cache, tiny.ids(30))
+    tiny.steps(m, cache, tiny.ids(40))
+    c = cache.layers[0]
+    mark, token = c.column("mark"), c.token
+    assert torch.equal(mark.expand(token.shape)[c.live], token[c.live].float() * 10)
+
+
+@pytest.mark.parametrize("spec", ["full", "kivi", "streamingllm(budget=40)", "streamingllm(budget=50)+kivi(bits=8)"])
+def test_the_ledger_counts_every_tensor_once(spec):
+    m = tiny.model()
+    cache = KVCache(m, spec)
+    assert cache.nbytes == 0 and cache.live_positions(0, 0).tolist() == []
+    tiny.feed(m, cache, tiny.ids(200), 9)
+    tiny.steps(m, cache, tiny.ids(20))
+    ledger = cache.ledger()
+    for row in ledger["layers"]:
+        assert row["held"] == sum(row[k] for k in ("payload", "scales", "columns", "residual", "unused"))
+        assert row["unused"] >= 0 and row["full"] == 220 * 2 * 2 * 32 * 4
+    assert ledger["total"]["held"] == cache.nbytes == _reachable(cache)
+
+
+def _reachable(cache) -> int:
+    """Count the bytes of all tensors that can be reached from the layers' own state, another way than the ledger does."""
+    import gc
+
+    seen, todo, bytes_ = set(), [c for c in cache.layers], {}
+    stop = {
+        id(cache),
+        id(cache.config),
+        id(cache.rope),
+        *map(id, cache._attn),
+        *map(id, cache.policies),
+        id(cache.policies),
+    }
+    while todo:
+        o = todo.pop()
+        if id(o) in seen or id(o) in stop or isinstance(o, type) or type(o).__name__ in ("function", "module"):
+            continue
+        seen.add(id(o))
+        if isinstance(o, torch.Tensor):
+            bytes_[o.untyped_storage().data_ptr()] = o.untyped_storage().nbytes()
+        else:
+            todo += gc.get_referents(o)
+    return sum(bytes_.values())
+
+
+@pytest.mark.parametrize("spec", ["full", "kivi", "streamingllm(budget=40)"])
+def test_two_texts_one_after_the_other_equal_two_fresh_caches(spec):
+    m = tiny.model()
+    cache, fresh = KVCache(m, spec), KVCache(m, spec)
+    tiny.feed(m, cache, tiny.ids(90, seed=3), 9)
+    cache.reset()
+    a, b = (torch.cat([tiny.feed(m, c, tiny.ids(90), 9), tiny.steps(m, c, tiny.ids(9))], 1) for c in (cache, fresh))
+    assert torch.equal(a, b) and cache.ledger() == fresh.ledger()
+
+
+def test_a_second_prompt_continues_the_first():
+    m = tiny.model()
+    text = tiny.ids(90)
+    cache = KVCache(m)
+    got = torch.cat([tiny.feed(m, cache, part) for part in text.split([40, 1, 49], 1)], 1)
+    assert tiny.rms(got, m(text, KVCache(m))) < 2e-6
+
+
+def test_a_batch_of_another_size_is_refused():
+    m = tiny.model()
+    cache = KVCache(m)
+    m(tiny.ids(5, batch=2), cache)
+    with pytest.raises(ValueError, match="batch of 2, not 1"):
+        m(tiny.ids(5), cache)
+
+
+@pytest.mark.parametrize("G, Hkv", [(1, 2), (3, 1), (4, 2), (8, 1)])
+@pytest.mark.parametrize("T, N", [(1, 1), (1, 63), (2, 500), (17, 17), (40, 1023), (15, 15)])
+def test_attend_equals_the_reference(G, Hkv, T, N):
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, G * Hkv, T, 40), torch.randn(2, Hkv, N, 40), torch.randn(2, Hkv, N, 40)
+    see = torch.rand(2, Hkv, T, N) < 0.6
+    see[..., 0] = True
+    for mask in (Mask(T, N), Mask(T, N, causal=T > 1), Mask(T, N, see=see), Mask(T, N, see=see[:, :1]),
+                 Mask(T, N, see=see, bias=torch.randn(2, Hkv, N)), Mask(T, N, bias=torch.randn(2, Hkv, N))):  # fmt: skip
+        want = reference(q, k, v, mask)
+        assert tiny.rms(attend(q, k, v, mask), want) < 1e-6
+        rows = [(k[b, h], v[b, h]) for b in (0, 1) for h in range(Hkv)]
+        assert tiny.rms(ragged(q, rows, mask), want) < 1e-6
+        p = probs(q, k, mask)
+        assert torch.allclose(p.sum(-1), torch.ones(2, G * Hkv, T))
+        naive = p @ v.repeat_interleave(G, 1)
+        assert tiny.rms(naive, want) < 1e-6
+
+
+def test_specs_are_read_and_refused_in_words():
+    m = tiny.model()
+    cache = KVCache(m, "streamingllm(budget=40, reindex=False) + kivi(bits=4)")
+    assert (cache.policies[0].budget, cache.policies[0].renumbers, cache.storage.bits) == (40, False, 4)
+    for spec, words in (
+        ("nonsense", "unknown method 'nonsense'.*full, kivi, streamingllm"),
+        ("kivi(bit=2)", "no parameter 'bit'; it has: bits, group, residual"),
+        ("kivi+full", "both storages"),
+        ("kivi(bits='2')", "bits must be int"),
+        ("kivi(bits=True)", "bits must be int"),
+        ("kivi(2)", "cannot read"),
+        ("kivi(bits=", "cannot read"),
+        ("", "cannot read"),
+        ("kivi*full", "cannot read"),
+        ("__import__('os')", "cannot read"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            KVCache(m, spec)
+
+
+def test_methods_describe_themselves():
+    listed = {i.name: i for i in methods()}
+    assert {"full", "kivi", "streamingllm"} <= set(listed)
+    assert listed["kivi"].kind == "storage" and listed["streamingllm"].kind == "policy"
+    assert listed["kivi"].parameters == {"bits": 2, "group": 32, "residual": 128}
+    assert issubclass(listed["full"].cls, Storage) and listed["full"].cls is Full
+    for info in listed.values():
+        assert set(info.axis.split(", ")) <= {"token", "head", "layer", "channel", "bits", "none"}
+        assert info.paper and "Differs:" in info.header
+
+
+def test_method_files_import_nothing_but_torch_and_the_cache():
+    for file in (Path(nanokv.__file__).parent / "methods").glob("*.py"):
+        if file.name == "__init__.py":
+            continue
+        tree = ast.parse(file.read_text())
+        names = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
+        names |= {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
+        allowed = {"torch", "math", "nanokv.cache", "nanokv.attention", f"nanokv.kernels.{file.stem}"}
+        assert names <= allowed | {"torch.nn.functional"}, file.name
+
+
+def test_the_engine_never_imports_its_peers():
+    for file in Path(nanokv.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = (
+                [a.name for a in node.names] if isinstance(node, ast.Import) else [getattr(node, "module", "") or ""]
+            )
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                assert not any(n.split(".")[0] in ("transformers", "kvpress") for n in names), file
