@@ -56,11 +56,15 @@ def probs(q: Tensor, k: Tensor, mask: Mask) -> Tensor:
     return s.softmax(-1).view(B, H, T, -1)
 
 
+def mix(p: Tensor, v: Tensor) -> Tensor:
+    """Return the average of values v (B, Hkv, N, D) under probabilities p (B, H, T, N): fp32 (B, H, T, D)."""
+    B, H, T, N = p.shape
+    return (p.view(B, v.shape[1], -1, N) @ v.float()).view(B, H, T, -1)
+
+
 def reference(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
     """Attend from q (B, H, T, D) to k, v (B, Hkv, N, D), the specification: fp32 (B, H, T, D)."""
-    B, H, T, D = q.shape
-    p = probs(q, k, mask).view(B, k.shape[1], -1, k.shape[2])
-    return (p @ v.float()).view(B, H, T, -1)
+    return mix(probs(q, k, mask), v)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:

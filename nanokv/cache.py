@@ -90,6 +90,11 @@ class Rows:
             for r, n in enumerate(self.n):
                 self.row(name, r).copy_(value[r, :n])
 
+    def put(self, name: str, index: Tensor, value: Tensor) -> None:
+        """Overwrite single slots: index int64 (R, M), negative to skip, value (R, M, ...)."""
+        start = torch.tensor(self.start, device=index.device)[:, None] + self.skip
+        self.data[name][(start + index)[index >= 0]] = value[index >= 0].to(self.data[name].dtype)
+
     def append(self, rows=None, **fields: Tensor) -> None:
         """Add T slots to every row (or to those listed in `rows`), each field given as (rows, T, ...)."""
         first = next(iter(fields.values()))
@@ -179,8 +184,11 @@ class Method:
     """What every method shares: hyper-parameters set by its constructor, and nothing else until it is bound."""
 
     renumbers = False  # positions are ranks among live entries, and keys are stored un-rotated
+    merges = False  # entries are overwritten, which needs a storage that can do that
     chunk = None  # the most prompt tokens that may be read at once, or None
-    bound = None  # the most live entries a row can hold once the prompt is read, or None
+    observes = 0  # how many of a prompt's last queries it wants to look at together, see LayerCache.observed
+    needs_probs = False  # it wants the attention probabilities of decode steps, see LayerCache.step_probs
+    waits = False  # it acts on a layer again after later layers, so packing must wait for the end of the pass
 
     def check(self, config) -> None:
         """Raise NotImplementedError, with the reason, if the method cannot work with this model."""
@@ -215,6 +223,10 @@ class Storage(Method):
         k, v = (t.flatten(0, 1)[r, : self.cache.n_slots[r]] for t in self.read())
         return k, v
 
+    def write(self, index: Tensor, k: Tensor, v: Tensor) -> None:
+        """Overwrite slots index (R, M), negative to skip, with k, v (R, M, D). Only where `writable`."""
+        raise NotImplementedError
+
     def drop(self, live: Tensor) -> Tensor:
         """Reclaim what can be reclaimed of the slots that are False in live (R, N); return (R, N) of what remains."""
         raise NotImplementedError
@@ -232,6 +244,12 @@ class Storage(Method):
             return attention.ragged(q, [c.read_row(r) for r in range(c.n_rows)], c.mask(pos))
         k, v = c.read()
         return attention.attend(q, k, v, c.mask(pos))
+
+    def attend_probs(self, q: Tensor, pos: Tensor) -> tuple[Tensor, Tensor]:
+        """Attend as `attend` does, and return the probabilities too: fp32 (B, H, T, N)."""
+        k, v = self.cache.read()
+        p = attention.probs(q, k, self.cache.mask(pos))
+        return attention.mix(p, v).to(q.dtype), p
 
     def bytes(self) -> dict[str, int]:
         """Return the bytes in use by category: payload, scales, residual. What else is held is counted as unused."""
@@ -252,8 +270,12 @@ class Policy(Method):
         """Act after attention; q (B, H, T, D) is not rotated. Look at cache.phase to know when to act."""
 
 
-class Plan(Method):
-    """Act across layers: budgets, re-trimming, sharing, dropping rows of the hidden state."""
+class Plan(Policy):
+    """Act across layers: budgets, re-trimming, sharing, dropping rows of the hidden state.
+
+    A plan is called for each layer as a policy is, after the policies, and in these places too. What it must remember
+    between calls goes into the `notes` of a layer.
+    """
 
     def before_layer(self, cache: KVCache, i: int, x: Tensor, pos: Tensor) -> tuple[Tensor, Tensor]:
         """Return the hidden state x (B, T, E) and positions that layer i is to read."""
@@ -276,8 +298,10 @@ class LayerCache:
     def __init__(self, parent: KVCache, layer: int, attn):
         self.parent, self.layer, self.attn = parent, layer, attn
         self.config, self.rope, self.window = parent.config, parent.rope, parent.config.window(layer)
-        self.policies, self.renumbers = parent.policies, parent.renumbers
+        self.policies, self.renumbers = parent.policies + ([parent.plan] if parent.plan else []), parent.renumbers
         self.B, self.n_rows, self.storage = 0, 0, None
+        self.notes: dict[str, float] = {}  # numbers that a plan remembers about this layer
+        self.step_probs = None  # fp32 (B, H, T, N) of the decode step under way, where a method `needs_probs`
 
     def _allocate(self, B: int, device) -> None:
         self.B, self.n_rows, self.device = B, B * self.config.n_kv_heads, device
@@ -286,6 +310,7 @@ class LayerCache:
         self.counts = [0] * self.n_rows  # live entries per row, known without asking the device
         self.fills: dict[str, float] = {}  # column -> value for new slots
         self.same = True  # every row holds the same tokens
+        self._tail = None  # the last queries of a prompt under way, and their positions
         self.storage = self.parent.storage.bind(self)
 
     # What the attention layer calls
@@ -307,20 +332,30 @@ class LayerCache:
 
     def attend(self, q: Tensor, pos: Tensor) -> Tensor:
         """Look back from rotated q (B, H, T, D) at pos to every live entry not later than it: (B, H, T, D)."""
+        if self.parent.needs_probs and self.phase == "decode":
+            o, self.step_probs = self.storage.attend_probs(q, pos)
+            return o
         return self.storage.attend(q, pos)
 
     def compress(self, q: Tensor, pos: Tensor) -> None:
         """Let policies forget entries, then let the storage pack what is left. q (B, H, T, D) is not rotated."""
+        self._observe(q, pos)
         for policy in self.policies:
             policy(self, q, pos)
         if self.window and not self.renumbers and self.size >= self.window:  # no later query can see further back
             self.keep(self.token > self.parent.next_position + q.shape[2] - self.window)
+        if not self.parent.waits:
+            self.finish()
+
+    def finish(self) -> None:
+        """End this layer's part of a pass: pack, and at the end of a prompt give back what is not needed."""
         if self.phase == "last":
             self._reclaim()
         self.storage.pack()
         if self.phase == "last":
             self.slots.trim()
             self.storage.trim()
+            self._tail = None
 
     # What methods use
 
@@ -394,6 +429,33 @@ class LayerCache:
         if self.phase != "decode" or hidden >= spare(self.n_live):
             self._reclaim()
 
+    def write(self, index: Tensor, k: Tensor, v: Tensor) -> None:
+        """Overwrite the slots index (B, Hkv, M), negative to skip, with k, v (B, Hkv, M, D), k rotated as in `read`."""
+        self.storage.write(*(t.flatten(0, 1) for t in (index, k, v)))
+
+    def observed(self) -> tuple[Tensor, Tensor]:
+        """Return the last queries of the prompt, rotated, (B, H, W, D), and their positions (B, W).
+
+        W is what the method asked for by `observes`, or the tokens of the prompt if these are fewer; the same however
+        the prompt was cut into chunks.
+        """
+        q, pos = self._tail
+        return self.rope(q, pos), pos
+
+    def probs(self, q: Tensor, pos: Tensor) -> Tensor:
+        """Return what rotated queries q (B, H, T, D) at pos attend to, as probabilities per slot, fp32 (B, H, T, N)."""
+        return attention.probs(q, self.read()[0], self.mask(pos))
+
+    def column_sums(self, q: Tensor, pos: Tensor, block: int = 128) -> Tensor:
+        """Return the attention each slot gets from rotated queries q (B, H, T, D) in all: fp32 (B, H, N).
+
+        Works through the queries in blocks, so that memory is block * N per head and not T * N.
+        """
+        k, total = self.read()[0].float(), 0
+        for part, at in zip(q.split(block, 2), pos.split(block, -1), strict=True):
+            total = total + attention.probs(part, k, self.mask(at, newest=False)).sum(2)
+        return total
+
     def read(self) -> tuple[Tensor, Tensor]:
         """Return all slots as k, v (B, Hkv, N, D), keys rotated by their position."""
         k, v = self.storage.read()
@@ -410,15 +472,19 @@ class LayerCache:
             k = self.rope(k[None, None], torch.where(pos == HIDDEN, 0, pos)[None])[0, 0]
         return k, v
 
-    def mask(self, pos: Tensor) -> attention.Mask:
-        """Return what queries at pos (B, T) may see, with the additive bias of merged entries."""
+    def mask(self, pos: Tensor, newest: bool = True) -> attention.Mask:
+        """Return what queries at pos (B, T) may see, with the additive bias of merged entries.
+
+        `newest` says that these are the queries of the newest T entries, which makes most masks trivial.
+        """
         T, N = pos.shape[-1], self.size
         bias = self._column("bias", 0.0) if "bias" in self.slots.data else None
+        plain = newest and bias is None and self.window is None
         if (
             bias is None and "token" not in self.slots.data and self.window is None
         ):  # slots are 0..N-1, queries the last
             return attention.Mask(causal=T > 1, T=T, N=N, device=self.device)
-        if T == 1 and bias is None and self.window is None and min(self.counts) == N:
+        if plain and T == 1 and min(self.counts) == N:
             return attention.Mask(T=T, N=N)
         pos = pos[:, None, :, None] if pos.dim() == 2 else pos[..., None]  # (B, 1 or Hkv, T, 1)
         key = self.pos[:, :, None, :]  # (B, Hkv, 1, N)
@@ -456,6 +522,13 @@ class LayerCache:
             new["token"] += torch.arange(first, first + T, dtype=torch.int32, device=self.device)
             self.slots.append(**new)
 
+    def _observe(self, q: Tensor, pos: Tensor) -> None:
+        """Keep the prompt's last queries, un-rotated, across chunks."""
+        if self.parent.observes and self.phase != "decode":
+            if self._tail is not None:
+                q, pos = torch.cat([self._tail[0], q], 2), torch.cat([self._tail[1], pos], -1)
+            self._tail = q[:, :, -self.parent.observes :], pos[..., -self.parent.observes :]
+
     def _next_ranks(self, T: int) -> Tensor:
         ranks = torch.arange(T, device=self.device)
         if len(set(self.counts)) == 1:
@@ -485,11 +558,25 @@ class KVCache:
         self.config, self.rope, self.model_dtype = model.config, model.rope, model.embed.weight.dtype
         self.storage, self.policies, self.plan = parse(spec)
         self.spec = spec if isinstance(spec, str) else "+".join(map(str, spec))
-        self.renumbers = any(p.renumbers for p in self.policies)
-        for method in self.methods:
-            method.check(self.config)
+        self.renumbers = any(m.renumbers for m in self.methods)
+        self.needs_probs = any(m.needs_probs for m in self.methods)
+        self.waits = any(m.waits for m in self.methods)
+        self.observes = max(m.observes for m in self.methods)
+        self._check()
         self._attn = [block.attn for block in model.layers]
         self.reset()
+
+    def _check(self) -> None:
+        for method in self.methods:
+            method.check(self.config)
+        merging = [p.name for p in self.methods if p.merges]
+        if merging and not self.storage.writable:
+            why = f"{merging[0]} merges entries, and {self.storage.name} cannot overwrite one once it is stored"
+            raise NotImplementedError(why)
+        if merging and self.renumbers:
+            raise NotImplementedError(
+                f"{merging[0]} merges entries, and a merged key has no single position to renumber"
+            )
 
     @property
     def methods(self) -> list[Method]:
@@ -536,10 +623,12 @@ class KVCache:
 
     def end(self) -> None:
         """Finish a pass."""
-        self.next_position += self._new
-        self._prompt_left = max(0, self._prompt_left - self._new)
         if self.phase == "last" and self.plan:
             self.plan.after_prefill(self)
+        for layer in self.layers if self.waits else []:
+            layer.finish()
+        self.next_position += self._new
+        self._prompt_left = max(0, self._prompt_left - self._new)
 
     # What a user calls
 

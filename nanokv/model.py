@@ -188,7 +188,7 @@ class Decoder(nn.Module):
         if config.tied:
             self.head.weight = self.embed.weight
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def forward(self, ids: Tensor, cache, last: bool = False) -> Tensor:
         """Read ids (B, T) after what `cache` (a KVCache, changed in place) holds; return logits (B, T, vocab).
 

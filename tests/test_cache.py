@@ -19,7 +19,7 @@ from nanokv.methods.full import Full
 @settings(max_examples=150, deadline=None)
 @given(
     st.lists(
-        st.tuples(st.sampled_from("append extend pop pop_all keep trim set".split()), st.integers(0, 2**16)),
+        st.tuples(st.sampled_from(["append", "extend", "pop", "pop_all", "keep", "trim", "set"]), st.integers(0, 2**16)),
         max_size=14,
     )
 )
@@ -191,7 +191,7 @@ def _reachable(cache) -> int:
     """Count the bytes of all tensors that can be reached from the layers' own state, another way than the ledger does."""
     import gc
 
-    seen, todo, bytes_ = set(), [c for c in cache.layers], {}
+    seen, todo, bytes_ = set(), list(cache.layers), {}
     stop = {
         id(cache),
         id(cache.config),
@@ -245,8 +245,9 @@ def test_attend_equals_the_reference(G, Hkv, T, N):
     q, k, v = torch.randn(2, G * Hkv, T, 40), torch.randn(2, Hkv, N, 40), torch.randn(2, Hkv, N, 40)
     see = torch.rand(2, Hkv, T, N) < 0.6
     see[..., 0] = True
-    for mask in (Mask(T, N), Mask(T, N, causal=T > 1), Mask(T, N, see=see), Mask(T, N, see=see[:, :1]),
-                 Mask(T, N, see=see, bias=torch.randn(2, Hkv, N)), Mask(T, N, bias=torch.randn(2, Hkv, N))):  # fmt: skip
+    bias = torch.randn(2, Hkv, N)
+    masks = {"causal": T > 1}, {"see": see}, {"see": see[:, :1]}, {"see": see, "bias": bias}, {"bias": bias}
+    for mask in (Mask(T, N), *(Mask(T, N, **options) for options in masks)):
         want = reference(q, k, v, mask)
         assert tiny.rms(attend(q, k, v, mask), want) < 1e-6
         rows = [(k[b, h], v[b, h]) for b in (0, 1) for h in range(Hkv)]
@@ -307,3 +308,88 @@ def test_the_engine_never_imports_its_peers():
             )
             if isinstance(node, (ast.Import, ast.ImportFrom)):
                 assert not any(n.split(".")[0] in ("transformers", "kvpress") for n in names), file
+
+
+class Merge(Policy):
+    """Overwrite the third-newest entry of each row with the mean of it and its neighbour, counted twice."""
+
+    name, merges, observes = "merge", True, 0
+
+    def __call__(self, cache, q, pos):
+        if cache.phase != "decode":
+            return
+        k, v = cache.read()
+        bias = cache.column("bias").clone()
+        live = [cache.live.expand(cache.B, 2, -1)[0, h].nonzero().flatten() for h in (0, 1)]
+        index = torch.stack([x[-3] for x in live]).view(1, 2, 1)
+        at = index[..., None].expand(-1, -1, -1, k.shape[-1])
+        cache.write(index, (k.gather(2, at) + k.gather(2, at - 1)) / 2, (v.gather(2, at) + v.gather(2, at - 1)) / 2)
+        bias.scatter_(2, index, float(torch.log(torch.tensor(2.0))))
+        cache.set_column("bias", bias)
+        cache.keep(torch.ones_like(cache.live.expand_as(bias)).scatter(2, index - 1, False))
+
+
+@pytest.mark.parametrize("ragged_rows", [False, True])
+def test_merged_entries_are_attended_with_their_weight(ragged_rows):
+    m = tiny.model(n_layers=1)
+    drops = [Drop([(40, 0, list(range(3, 30)))])] if ragged_rows else []
+    cache, full = KVCache(m, [*drops, Merge()]), KVCache(m)
+    text = tiny.ids(41)
+    for c in (cache, full):
+        tiny.feed(m, c, text[:, :40])
+        tiny.steps(m, c, text[:, 40:])
+    q, pos = torch.randn(1, 6, 1, 32), torch.tensor([[41]])
+    k, v = full.layers[0].read()  # tokens 37 and 38 become two copies of their mean
+    for t in (k, v):
+        t[:, :, 37:39] = t[:, :, 37:39].mean(2, keepdim=True)
+    got = cache.layers[0].attend(q, pos)
+    for h in (0, 1):
+        keep = [t for t in range(41) if not (ragged_rows and h == 0 and 3 <= t < 30)]
+        want = reference(q[:, 3 * h : 3 * h + 3], k[:, h : h + 1, keep], v[:, h : h + 1, keep], Mask(1, len(keep)))
+        assert tiny.rms(got[:, 3 * h : 3 * h + 3], want) < 1e-6
+
+
+def test_merging_is_refused_where_it_cannot_be_stored():
+    m = tiny.model()
+    with pytest.raises(NotImplementedError, match="merge merges entries, and kivi cannot overwrite"):
+        KVCache(m, [Merge(), methods_by_name("kivi")()])
+    with pytest.raises(NotImplementedError, match="no single position"):
+        KVCache(m, [Merge(), methods_by_name("streamingllm")()])
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 16, 33, 100])
+def test_the_observation_window_does_not_depend_on_chunks(chunk):
+    class Look(Policy):
+        name, observes = "look", 16
+
+        def __call__(self, cache, q, pos):
+            if cache.phase == "last":
+                seen.append((*cache.observed(), cache.probs(*cache.observed())))
+
+    m, seen = tiny.model(n_layers=1), []
+    for c in (100, chunk):
+        tiny.feed(m, KVCache(m, [Look()]), tiny.ids(100), c)
+    (q, pos, p), (q2, pos2, p2) = seen
+    assert pos.tolist() == pos2.tolist() == [list(range(84, 100))] and p.shape == (1, 6, 16, 100)
+    assert tiny.rms(q2, q) < 1e-6 and tiny.rms(p2, p) < 1e-5
+    assert torch.allclose(p.sum(-1), torch.ones(1, 6, 16)) and not p[0, 0].triu(85).any()
+
+
+@pytest.mark.parametrize("chunk", [100, 33, 7])
+def test_column_sums_in_blocks_equal_the_dense_sum(chunk):
+    class Sum(Policy):
+        name = "sum"
+
+        def __call__(self, cache, q, pos):
+            sums = cache.column_sums(cache.rope(q, pos), pos, block=9)
+            acc = cache.column("acc").repeat_interleave(3, 1)[:, ::3]
+            cache.set_column("acc", acc + sums.view(1, 2, 3, -1).mean(2))
+            dense.append(cache.probs(cache.rope(q, pos), pos).sum(2))
+
+    m, dense = tiny.model(n_layers=1), []
+    cache = KVCache(m, [Sum()])
+    tiny.feed(m, cache, tiny.ids(100), chunk)
+    want = sum(torch.nn.functional.pad(d, (0, 100 - d.shape[-1])) for d in dense).view(1, 2, 3, -1).mean(2)
+    got = cache.layers[0].column("acc")
+    assert tiny.rms(got, want) < 1e-5
+    assert torch.allclose(got.sum(-1), torch.full((1, 2), 100.0))  # every softmax row sums to one

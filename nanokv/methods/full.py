@@ -31,6 +31,10 @@ class Full(Storage):
     def read_row(self, r):
         return self.kv.row("k", r), self.kv.row("v", r)
 
+    def write(self, index, k, v):
+        self.kv.put("k", index, k)
+        self.kv.put("v", index, v)
+
     def drop(self, live):
         self.kv.keep(live)
         return live
