@@ -480,9 +480,7 @@ class LayerCache:
         T, N = pos.shape[-1], self.size
         bias = self._column("bias", 0.0) if "bias" in self.slots.data else None
         plain = newest and bias is None and self.window is None
-        if (
-            bias is None and "token" not in self.slots.data and self.window is None
-        ):  # slots are 0..N-1, queries the last
+        if plain and "token" not in self.slots.data:  # slots are 0..N-1, queries the last T of them
             return attention.Mask(causal=T > 1, T=T, N=N, device=self.device)
         if plain and T == 1 and min(self.counts) == N:
             return attention.Mask(T=T, N=N)

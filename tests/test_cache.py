@@ -19,7 +19,9 @@ from nanokv.methods.full import Full
 @settings(max_examples=150, deadline=None)
 @given(
     st.lists(
-        st.tuples(st.sampled_from(["append", "extend", "pop", "pop_all", "keep", "trim", "set"]), st.integers(0, 2**16)),
+        st.tuples(
+            st.sampled_from(["append", "extend", "pop", "pop_all", "keep", "trim", "set"]), st.integers(0, 2**16)
+        ),
         max_size=14,
     )
 )
@@ -188,7 +190,7 @@ def test_the_ledger_counts_every_tensor_once(spec):
 
 
 def _reachable(cache) -> int:
-    """Count the bytes of all tensors that can be reached from the layers' own state, another way than the ledger does."""
+    """Count the bytes of all tensors that the layers' own state leads to, another way than the ledger does."""
     import gc
 
     seen, todo, bytes_ = set(), list(cache.layers), {}

@@ -59,12 +59,22 @@ def test_the_context_ends_the_text_unless_positions_are_renumbered():
         next(generate(m, KVCache(m), tiny.ids(41)[0], 1))
 
 
-@pytest.mark.parametrize("bad", [{"temperature": -1}, {"top_k": -1}, {"top_p": 0}, {"top_p": 1.1}, {"min_p": 1}, {"min_p": -0.1},
-                                 {"repetition_penalty": 0}])  # fmt: skip
-def test_bad_sampling_is_refused(bad):
+BAD = [
+    ("temperature", -1),
+    ("top_k", -1),
+    ("top_p", 0),
+    ("top_p", 1.1),
+    ("min_p", 1),
+    ("min_p", -0.1),
+    ("repetition_penalty", 0),
+]
+
+
+@pytest.mark.parametrize("name, value", BAD)
+def test_bad_sampling_is_refused(name, value):
     m = tiny.model()
-    with pytest.raises(ValueError, match=next(iter(bad))):
-        next(generate(m, KVCache(m), [1], 1, **bad))
+    with pytest.raises(ValueError, match=name):
+        next(generate(m, KVCache(m), [1], 1, **{name: value}))
     with pytest.raises(ValueError, match="empty"):
         next(generate(m, KVCache(m), [], 1))
 
