@@ -53,7 +53,10 @@ def probs(q: Tensor, k: Tensor, mask: Mask) -> Tensor:
     add = mask.additive()
     if add is not None:
         s = s + add[:, :, None]
-    return s.softmax(-1).view(B, H, T, -1)
+    p = s.softmax(-1)
+    if mask.see is not None:  # a query that sees nothing (padding) attends to nothing
+        p = p.nan_to_num_(0.0)
+    return p.view(B, H, T, -1)
 
 
 def mix(p: Tensor, v: Tensor) -> Tensor:

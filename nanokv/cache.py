@@ -18,13 +18,14 @@ renumber.
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-from nanokv import attention
+from nanokv import attention, snapshot
 
 HIDDEN = 2**31 - 1  # the token number of a forgotten entry: later than any query, so that no query sees it
 
@@ -183,15 +184,40 @@ class Rows:
 class Method:
     """What every method shares: hyper-parameters set by its constructor, and nothing else until it is bound."""
 
+    name = ""  # the file's name, unless given
     renumbers = False  # positions are ranks among live entries, and keys are stored un-rotated
     merges = False  # entries are overwritten, which needs a storage that can do that
     chunk = None  # the most prompt tokens that may be read at once, or None
+    padded = True  # prompts of different lengths may share a batch
     observes = 0  # how many of a prompt's last queries it wants to look at together, see LayerCache.observed
     needs_probs = False  # it wants the attention probabilities of decode steps, see LayerCache.step_probs
     waits = False  # it acts on a layer again after later layers, so packing must wait for the end of the pass
 
+    def __new__(cls, *args, **kwargs):
+        self = super().__new__(cls)
+        bound = inspect.signature(cls.__init__).bind(self, *args, **kwargs)
+        bound.apply_defaults()
+        self.parameters = dict(list(bound.arguments.items())[1:])  # as given and by default
+        self.name = cls.name or cls.__module__.rpartition(".")[2]
+        return self
+
+    def __init__(self):
+        """Take no hyper-parameters."""
+
+    def __repr__(self) -> str:
+        return f"{self.name}({', '.join(f'{k}={v!r}' for k, v in self.parameters.items())})"
+
     def check(self, config) -> None:
         """Raise NotImplementedError, with the reason, if the method cannot work with this model."""
+
+    def most(self, prompt: int, new: int) -> int:
+        """Return the most entries a row may hold, on average over rows and layers, after these numbers of tokens."""
+        return prompt + new
+
+    @classmethod
+    def exact(cls, config) -> dict:
+        """Return hyper-parameters with which the method changes nothing."""
+        return {"budget": config.context} if "budget" in inspect.signature(cls.__init__).parameters else {}
 
 
 class Storage(Method):
@@ -201,8 +227,8 @@ class Storage(Method):
 
     def bind(self, cache: LayerCache) -> Storage:
         """Return a copy without entries that belongs to `cache`."""
-        new = copy.copy(self)
-        new.cache = cache
+        new = object.__new__(type(self))
+        vars(new).update(vars(self), cache=cache)
         new.reset()
         return new
 
@@ -322,12 +348,13 @@ class LayerCache:
         T = k.shape[2]
         for policy in self.policies:
             policy.before(self, T)
+        token = pos
         if self.renumbers:
             pos = self._next_ranks(T)
         else:
             k = self.rope(k, pos)
         self.storage.store(k, v, x)
-        self._grow(T)
+        self._grow(token)
         return pos
 
     def attend(self, q: Tensor, pos: Tensor) -> Tensor:
@@ -343,7 +370,7 @@ class LayerCache:
         for policy in self.policies:
             policy(self, q, pos)
         if self.window and not self.renumbers and self.size >= self.window:  # no later query can see further back
-            self.keep(self.token > self.parent.next_position + q.shape[2] - self.window)
+            self.keep(self.token > pos[:, -1, None, None] + 1 - self.window)
         if not self.parent.waits:
             self.finish()
 
@@ -509,15 +536,21 @@ class LayerCache:
             self.slots.append(token=token)
             self.fills["token"] = 0
 
-    def _grow(self, T: int) -> None:
-        """Take note of T new entries in every row."""
+    def _grow(self, token: Tensor) -> None:
+        """Take note of a new entry for every token (B, T) in every row; negative ones are padding and stay hidden."""
+        B, T = token.shape
+        pads = self.parent.pads
+        if pads and "token" not in self.slots.data:
+            self._explicit()
         self.n_slots = [n + T for n in self.n_slots]
-        self.counts = [n + T for n in self.counts]
+        hidden = (token < 0).sum(1).tolist() if pads else [0] * B
+        self.counts = [n + T - hidden[r * B // self.n_rows] for r, n in enumerate(self.counts)]
+        self.same &= not pads
         if "token" in self.slots.data:
-            first = self.parent.next_position
             new = {n: torch.full((self.n_rows, T), f, dtype=self.slots.data[n].dtype, device=self.device)
                    for n, f in self.fills.items()}  # fmt: skip
-            new["token"] += torch.arange(first, first + T, dtype=torch.int32, device=self.device)
+            token = torch.where(token < 0, HIDDEN, token).int()
+            new["token"] = token.repeat_interleave(self.n_rows // B, 0)
             self.slots.append(**new)
 
     def _observe(self, q: Tensor, pos: Tensor) -> None:
@@ -553,15 +586,14 @@ class KVCache:
     def __init__(self, model, spec="full"):
         from nanokv.methods import parse  # which imports this module
 
-        self.config, self.rope, self.model_dtype = model.config, model.rope, model.embed.weight.dtype
+        self.model, self.config, self.rope = model, model.config, model.rope
         self.storage, self.policies, self.plan = parse(spec)
-        self.spec = spec if isinstance(spec, str) else "+".join(map(str, spec))
+        self.spec = "+".join(map(repr, self.methods))
         self.renumbers = any(m.renumbers for m in self.methods)
         self.needs_probs = any(m.needs_probs for m in self.methods)
         self.waits = any(m.waits for m in self.methods)
         self.observes = max(m.observes for m in self.methods)
         self._check()
-        self._attn = [block.attn for block in model.layers]
         self.reset()
 
     def _check(self) -> None:
@@ -588,14 +620,15 @@ class KVCache:
 
     def reset(self) -> None:
         """Forget everything."""
-        self.layers = [LayerCache(self, i, attn) for i, attn in enumerate(self._attn)]
-        self.next_position = 0  # the token index of the next token, which is not the stored length
+        self.layers = [LayerCache(self, i, block.attn) for i, block in enumerate(self.model.layers)]
+        self.next_position = 0  # the token index of the next token (padding counted), which is not the stored length
+        self.pads: list[int] = []  # tokens of padding before each sequence, where there are any
         self.phase, self._prompt_left, self._forced = "decode", 0, None
 
     # What the model calls
 
     def begin(self, ids: Tensor) -> Tensor:
-        """Start a pass over ids (B, T) and return their positions (B, T)."""
+        """Start a pass over ids (B, T) and return their positions (B, T), -1 for padding."""
         B, T = ids.shape
         if self._prompt_left:
             self.phase = "prompt" if self._prompt_left > T else "last"
@@ -609,7 +642,8 @@ class KVCache:
         self._new = T
         if not self.renumbers:
             self.rope.reserve(self.next_position + T)
-        return torch.arange(self.next_position, self.next_position + T, device=ids.device).expand(B, T)
+        pos = torch.arange(self.next_position, self.next_position + T, device=ids.device).expand(B, T)
+        return (pos - torch.tensor(self.pads, device=ids.device)[:, None]).clamp(min=-1) if self.pads else pos
 
     def before_layer(self, i: int, x: Tensor, pos: Tensor) -> tuple[Tensor, Tensor]:
         """Let the plan act before layer i."""
@@ -631,8 +665,18 @@ class KVCache:
     # What a user calls
 
     @contextmanager
-    def prompt(self, total: int):
-        """Declare that the next `total` tokens are one prompt, in as many passes as the caller likes."""
+    def prompt(self, total: int, pads: list[int] | None = None):
+        """Declare that the next `total` tokens are one prompt, in as many passes as the caller likes.
+
+        `pads` gives, for each sequence of a batch, how many of the first tokens are padding, which the cache forgets.
+        """
+        if pads and any(pads):
+            if self.next_position:
+                raise NotImplementedError("padding can only come before the first prompt of a batch")
+            if not all(m.padded for m in self.methods):
+                name = next(m.name for m in self.methods if not m.padded)
+                raise NotImplementedError(f"{name} needs prompts of equal length in one batch")
+            self.pads = list(pads)
         self._prompt_left = total
         try:
             yield self
@@ -647,6 +691,21 @@ class KVCache:
             yield self
         finally:
             self._forced = None
+
+    def clone(self) -> KVCache:
+        """Return an independent copy, to go on from the same text in two ways."""
+        shared = [self.model, self.config, self.rope, *(layer.attn for layer in self.layers), *self.methods]
+        shared += [t for layer in self.layers if layer.storage for t in layer.storage.constants()]
+        return copy.deepcopy(self, {id(o): o for o in shared})
+
+    def save(self, path) -> None:
+        """Write everything held to a safetensors file, whole or not at all. See nanokv/snapshot.py."""
+        snapshot.save(self, path)
+
+    @classmethod
+    def load(cls, path, model) -> KVCache:
+        """Return the cache that was saved; ValueError, in one line, if it is damaged or was made by another model."""
+        return snapshot.load(cls, path, model)
 
     def live_positions(self, layer: int, kv_head: int, batch: int = 0) -> Tensor:
         """Return the indices of the tokens that live in one row, ascending, int64 (n,)."""
@@ -683,8 +742,8 @@ class KVCache:
         out["constants"] = sum(b for p, b in held.items() if p in constants)
         out["held"] = sum(held.values()) - out["constants"]
         out["unused"] = out["held"] - sum(out[k] for k in ("payload", "scales", "columns", "residual"))
-        width = 2 * self.config.head_dim * torch.empty(0, dtype=self.model_dtype).element_size()
-        out["full"] = self.next_position * c.n_rows * width
+        width = 2 * self.config.head_dim * self.model.embed.weight.element_size()
+        out["full"] = (self.next_position * c.B - sum(self.pads)) * c.n_rows // c.B * width
         return out
 
 

@@ -198,7 +198,7 @@ def _reachable(cache) -> int:
         id(cache),
         id(cache.config),
         id(cache.rope),
-        *map(id, cache._attn),
+        id(cache.model), *(id(c.attn) for c in cache.layers),
         *map(id, cache.policies),
         id(cache.policies),
     }

@@ -79,7 +79,7 @@ def test_an_outlier_channel_does_not_hurt_other_key_channels():
         c._allocate(1, k.device)
         c.storage.store(keys, keys, None)
         c.storage.pack()
-        c._grow(128)
+        c._grow(torch.arange(128)[None])
         back.append(c.storage.read()[0])
     quiet = [i for i in range(32) if i != 5]
     assert torch.equal(back[0][..., quiet], back[1][..., quiet])

@@ -40,9 +40,7 @@ class Info:
             raise ValueError(f"{self.name} needs {' and '.join(required)}, for example {required[0]}=512")
         for p, value in parameters.items():
             _check_type(self.name, p, self.parameters[p], value)
-        method = self.cls(**parameters)
-        method.name = self.name
-        return method
+        return self.cls(**parameters)
 
 
 def _check_type(method: str, name: str, default, value) -> None:
@@ -74,8 +72,7 @@ def _info(module_name: str) -> Info:
     missing = [s for s in ("Paper", "Axis", "Idea", "Stores", "Bytes", "Acts", "Differs") if s not in head]
     if missing:
         raise ValueError(f"{name}: the header lacks {', '.join(missing)}")
-    params = {p.name: p.default for p in list(inspect.signature(own[0].__init__).parameters.values())[1:]
-              if p.kind is not p.VAR_POSITIONAL and p.kind is not p.VAR_KEYWORD}  # fmt: skip
+    params = {p.name: p.default for p in list(inspect.signature(own[0].__init__).parameters.values())[1:]}
     return Info(name, kind, head["Axis"], head["Paper"], params, inspect.cleandoc(module.__doc__), own[0])
 
 

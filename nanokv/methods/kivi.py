@@ -68,6 +68,10 @@ class KIVI(Storage):
                 f"kivi: group {self.group} does not divide this model's head_dim {config.head_dim}"
             )
 
+    @classmethod
+    def exact(cls, config):
+        return {"residual": 32 * config.context}
+
     def reset(self):
         R = self.cache.n_rows
         self.k_new, self.v_new = Rows(R), Rows(R)  # exact

@@ -29,8 +29,11 @@ class StreamingLLM(Policy):
         if budget <= n_sink:
             raise ValueError(f"streamingllm: budget must be at least n_sink + 1 = {n_sink + 1}, got {budget}")
         self.budget, self.n_sink, self.renumbers = budget, n_sink, reindex
-        self.bound = budget
+        self.padded = not reindex  # where a part of the prompt ends decides what its tokens see
         self.chunk = max(1, (budget - n_sink) // 4) if reindex else None
+
+    def most(self, prompt, new):
+        return min(prompt + new, self.budget)
 
     def before(self, cache, n_new):
         if self.renumbers or cache.phase == "decode":

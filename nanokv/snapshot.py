@@ -1,0 +1,140 @@
+"""A cache on disk: one safetensors file that holds every tensor as it lies in memory, and says what it belongs to.
+
+The header's metadata carries the state that is not tensors, the spec, a fingerprint of the model, versions, and a
+checksum of the whole file (taken with zeros in the checksum's place), so that a changed byte anywhere is noticed.
+"""
+
+import hashlib
+import json
+import os
+import re
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from nanokv import cache as kv
+
+FORMAT = "1"
+ZEROS = b"0" * 64
+LAYER = ("n_slots", "counts", "fills", "same", "notes", "B", "n_rows")  # what a LayerCache knows beside its tensors
+ROWS = ("least", "n", "cap", "start", "skip")
+
+
+def fingerprint(model) -> str:
+    """Return a hash of a model's config and of about a thousand numbers of each weight."""
+    digest = hashlib.sha256(repr(model.config).encode())
+    for t in model.state_dict().values():
+        sample = t.detach().flatten()[:: max(1, t.numel() // 1024)].float().cpu().contiguous()
+        digest.update(f"{tuple(t.shape)} {t.dtype}".encode() + sample.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def save(cache, path) -> None:
+    """Write `cache` to `path`: to a temporary name beside it first, then renamed."""
+    tensors: dict[str, Tensor] = {}
+    state = {"next_position": cache.next_position, "pads": cache.pads, "layers": []}
+    for i, layer in enumerate(cache.layers):
+        state["layers"].append(_layer_state(layer, str(i), tensors) if layer.storage else None)
+    meta = {"nanokv": FORMAT, "torch": torch.__version__, "spec": cache.spec, "model": fingerprint(cache.model),
+            "state": json.dumps(state), "checksum": ZEROS.decode()}  # fmt: skip
+    path = Path(path)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".")
+    os.close(handle)
+    try:
+        save_file(tensors or {"empty": torch.zeros(1)}, name, metadata=meta)
+        with open(name, "r+b") as f:
+            digest, _, at = _checksum(f)
+            f.seek(at)
+            f.write(digest)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def load(cls, path, model):
+    """Return the KVCache saved in `path`. ValueError says, in one line, why it cannot be used."""
+    with open(path, "rb") as f:
+        digest, noted, _ = _checksum(f)
+        if digest != noted:
+            raise ValueError(f"{path} is damaged, or is no saved cache: its checksum does not fit")
+    with safe_open(path, "pt", device=str(model.embed.weight.device)) as f:
+        meta, tensors = f.metadata(), {name: f.get_tensor(name).clone() for name in f.keys()}  # noqa: SIM118
+    if meta["nanokv"] != FORMAT:
+        raise ValueError(f"{path} has format {meta['nanokv']}; this version of nanokv reads format {FORMAT}")
+    if meta["model"] != fingerprint(model):
+        raise ValueError(f"{path} was made with another model, or with this one in another dtype")
+    cache, state = cls(model, meta["spec"]), json.loads(meta["state"])
+    cache.next_position, cache.pads = state["next_position"], state["pads"]
+    cache.rope.reserve(cache.next_position)
+    for layer, saved in zip(cache.layers, state["layers"], strict=True):
+        if saved:
+            _restore_layer(layer, saved, tensors, model.embed.weight.device)
+    return cache
+
+
+def _checksum(f) -> tuple[bytes, bytes, int]:
+    """Hash an open file with zeros in place of its checksum; return the hash, the checksum, and where that stands."""
+    f.seek(0)
+    head = f.read(8)
+    head += f.read(min(int.from_bytes(head, "little"), 1 << 26))  # the safetensors header, metadata included
+    found = re.search(rb'"checksum":"([0-9a-f]{64})"', head)
+    if not found:
+        return b"", b"none", -1
+    at = found.start(1)
+    digest = hashlib.sha256(head[:at] + ZEROS + head[at + 64 :])
+    while block := f.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest().encode(), found[1], at
+
+
+def _layer_state(layer, name: str, tensors: dict) -> dict:
+    storage = {k: v for k, v in vars(layer.storage).items() if k not in ("cache", "parameters", "name")}
+    state = {k: getattr(layer, k) for k in LAYER}
+    return state | {"slots": _encode(layer.slots, name + ".slots", tensors),
+                    "storage": {k: _encode(v, f"{name}.storage.{k}", tensors) for k, v in storage.items()}}  # fmt: skip
+
+
+def _restore_layer(layer, saved: dict, tensors: dict, device) -> None:
+    layer._allocate(saved["B"], device)
+    for k in LAYER:
+        setattr(layer, k, saved[k])
+    layer.slots = _decode(saved["slots"], tensors)
+    vars(layer.storage).update({k: _decode(v, tensors) for k, v in saved["storage"].items()})
+
+
+def _encode(value, name: str, tensors: dict):
+    """Return JSON for a value, and put the tensors in it into `tensors`."""
+    if isinstance(value, Tensor):
+        tensors[name] = value.detach().clone(memory_format=torch.contiguous_format)
+        return {"tensor": name}
+    if isinstance(value, kv.Rows):
+        data = {k: _encode(v, f"{name}.{k}", tensors) for k, v in value.data.items()}
+        return {"rows": {k: getattr(value, k) for k in ROWS}, "data": data}
+    if isinstance(value, dict):
+        return {"dict": {k: _encode(v, f"{name}.{k}", tensors) for k, v in value.items()}}
+    if isinstance(value, (list, tuple)):
+        return [_encode(v, f"{name}.{i}", tensors) for i, v in enumerate(value)]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise NotImplementedError(f"{name} is a {type(value).__name__}, which a saved cache cannot hold")
+
+
+def _decode(value, tensors: dict):
+    if isinstance(value, list):
+        return [_decode(v, tensors) for v in value]
+    if not isinstance(value, dict):
+        return value
+    if "tensor" in value:
+        return tensors[value["tensor"]]
+    if "dict" in value:
+        return {k: _decode(v, tensors) for k, v in value["dict"].items()}
+    rows = kv.Rows(len(value["rows"]["n"]))
+    vars(rows).update(value["rows"], data={k: _decode(v, tensors) for k, v in value["data"].items()})
+    return rows

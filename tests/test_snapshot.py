@@ -1,0 +1,128 @@
+"""Saving, loading and cloning a cache."""
+
+import random
+
+import pytest
+import tiny
+import torch
+
+from nanokv import KVCache, generate, methods
+from nanokv.cache import Policy
+
+SPECS = [
+    "full",
+    "kivi(bits=2,residual=32)",
+    "streamingllm(budget=40)",
+    "streamingllm(budget=90)+kivi(bits=4,residual=32)",
+]
+
+
+@pytest.fixture(scope="module")
+def m():
+    return tiny.model()
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_continuing_from_a_file_or_a_clone_is_bit_identical(m, spec, tmp_path):
+    cache = KVCache(m, spec)
+    text = list(generate(m, cache, tiny.ids(120)[0], 30))
+    cache.save(tmp_path / "cache.safetensors")
+    loaded, clone = KVCache.load(tmp_path / "cache.safetensors", m), cache.clone()
+    assert loaded.spec == clone.spec == cache.spec and loaded.ledger() == clone.ledger() == cache.ledger()
+    want = list(generate(m, cache, text[-1:], 60))
+    assert list(generate(m, clone, text[-1:], 60)) == want
+    assert list(generate(m, loaded, text[-1:], 60)) == want
+    logits = [m(tiny.ids(1), c) for c in (cache, clone, loaded)]
+    assert torch.equal(logits[0], logits[1]) and torch.equal(logits[0], logits[2])
+    assert [f.name for f in tmp_path.iterdir()] == ["cache.safetensors"]
+
+
+def test_a_clone_shares_nothing_that_changes(m):
+    cache = KVCache(m, "kivi(bits=4,residual=32)")
+    tiny.feed(m, cache, tiny.ids(100))
+    before = m(tiny.ids(1), cache.clone())
+    branch = cache.clone()
+    tiny.steps(m, branch, tiny.ids(50, seed=9))
+    branch.layers[0].storage.k_new["x"].zero_()
+    assert torch.equal(m(tiny.ids(1), cache), before)
+    assert branch.model is m and branch.layers[0].attn is m.layers[0].attn and branch.layers[0].parent is branch
+
+
+def test_an_empty_cache_can_be_saved(m, tmp_path):
+    KVCache(m, "kivi").save(tmp_path / "c")
+    assert torch.equal(m(tiny.ids(9), KVCache.load(tmp_path / "c", m)), m(tiny.ids(9), KVCache(m)))
+
+
+def test_parameters_are_saved_whatever_way_they_were_given(m, tmp_path):
+    kivi = next(i for i in methods() if i.name == "kivi")
+    KVCache(m, [kivi(bits=8, residual=64)]).save(tmp_path / "c")
+    storage = KVCache.load(tmp_path / "c", m).storage
+    assert (storage.bits, storage.group, storage.residual) == (8, 32, 64)
+
+
+def test_columns_and_notes_are_saved(m, tmp_path, monkeypatch):
+    class Mark(Policy):
+        name = "full"  # so that the spec can be read back; what matters here is the layer's state
+
+        def __call__(self, cache, q, pos):
+            cache.set_column("mark", cache.column("mark") + 1)
+            cache.notes["budget"] = 7.5
+            cache.keep(cache.token % 3 != 1)
+
+    cache = KVCache(m, [Mark()])
+    tiny.feed(m, cache, tiny.ids(40))
+    cache.spec = "full()"
+    cache.save(tmp_path / "c")
+    loaded = KVCache.load(tmp_path / "c", m)
+    for a, b in zip(cache.layers, loaded.layers, strict=True):
+        assert torch.equal(a.column("mark"), b.column("mark")) and b.notes == {"budget": 7.5}
+        assert torch.equal(a.token, b.token)
+
+
+def test_another_model_is_refused(m, tmp_path):
+    cache = KVCache(m)
+    tiny.feed(m, cache, tiny.ids(20))
+    cache.save(tmp_path / "c")
+    for other in (tiny.model(seed=1), tiny.model(dtype=torch.bfloat16), tiny.model(rope_theta=500.0)):
+        with pytest.raises(ValueError, match="another model"):
+            KVCache.load(tmp_path / "c", other)
+
+
+def test_a_failed_save_leaves_the_old_file(m, tmp_path, monkeypatch):
+    cache = KVCache(m)
+    tiny.feed(m, cache, tiny.ids(20))
+    cache.save(tmp_path / "c")
+    old = (tmp_path / "c").read_bytes()
+    tiny.feed(m, cache, tiny.ids(20))
+    monkeypatch.setattr("nanokv.snapshot._checksum", lambda f: (_ for _ in ()).throw(OSError(28, "No space left")))
+    with pytest.raises(OSError, match="No space"):
+        cache.save(tmp_path / "c")
+    assert (tmp_path / "c").read_bytes() == old and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_thousand_damaged_files_are_all_refused(tmp_path):
+    m = tiny.model(n_layers=1, head_dim=32)
+    cache = KVCache(m, "streamingllm(budget=20)+kivi(bits=2,residual=32)")
+    tiny.feed(m, cache, tiny.ids(40), 4)
+    cache.save(tmp_path / "c")
+    good, rng = (tmp_path / "c").read_bytes(), random.Random(0)
+    header = 8 + int.from_bytes(good[:8], "little")
+    for i in range(1000):
+        bad = bytearray(good)
+        if i % 4 == 0:
+            del bad[rng.randrange(len(bad)) :]
+        else:  # half of the flips in the header, where they could do most
+            bad[rng.randrange(header if i % 2 else len(bad))] ^= 1 << rng.randrange(8)
+        (tmp_path / "bad").write_bytes(bad)
+        with pytest.raises(ValueError, match="damaged") as error:
+            KVCache.load(tmp_path / "bad", m)
+        assert "\n" not in str(error.value)
+    KVCache.load(tmp_path / "c", m)
+
+
+def test_a_future_format_is_refused_by_name(m, tmp_path, monkeypatch):
+    monkeypatch.setattr("nanokv.snapshot.FORMAT", "2")
+    KVCache(m).save(tmp_path / "c")
+    monkeypatch.setattr("nanokv.snapshot.FORMAT", "1")
+    with pytest.raises(ValueError, match="format 2.*reads format 1"):
+        KVCache.load(tmp_path / "c", m)
