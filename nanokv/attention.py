@@ -100,3 +100,29 @@ def ragged(q: Tensor, rows: list, mask: Mask) -> Tensor:
         see = None if add is None else add[r, :, : len(k)]
         out.append(F.scaled_dot_product_attention(q[r : r + 1], k[None, None], v[None, None], attn_mask=see))
     return torch.cat(out).view(B, H, T, -1)
+
+
+def reduce_group(s: Tensor, n_kv_heads: int, how: str) -> Tensor:
+    """Reduce s (B, H, ...) over the query heads that share a KV head, by "mean", "max" or "sum": (B, Hkv, ...)."""
+    s = s.unflatten(1, (n_kv_heads, -1))  # (B, Hkv, G, ...)
+    return {"mean": s.mean, "max": s.amax, "sum": s.sum}[how](2)
+
+
+def window_scores(cache, window: int, kernel: int, pooling: str, reduce: str) -> tuple[Tensor, Tensor]:
+    """Score entries by the attention that the last `window` queries of a prompt pay them (SnapKV, arXiv 2404.14469).
+
+    `cache` is a LayerCache in phase "last" of a method that `observes` at least `window` queries. Returns the score,
+    fp32 (B, Hkv, N), and which slots it is about, bool (B, Hkv, N): live entries older than the newest `window` ones.
+    Probabilities are summed over the queries, reduced over each query group, then pooled over `kernel` neighbouring
+    entries ("max" or "avg", zeros beyond both ends). Neighbours are the nearest live entries, hidden ones do not count.
+    """
+    q, pos = cache.observed()
+    p = cache.probs(q[:, :, -window:], pos[..., -window:])  # (B, H, W, N)
+    s = reduce_group(p.sum(2), cache.config.n_kv_heads, reduce)  # (B, Hkv, N)
+    rank = cache.rank.expand_as(s)
+    old = (rank >= 0) & (rank <= rank.amax(-1, keepdim=True) - window)
+    order = torch.argsort(~old, dim=-1, stable=True)  # what is scored first, oldest to newest, without gaps
+    line = torch.where(old, s, 0.0).gather(-1, order)
+    pool = {"max": F.max_pool1d, "avg": F.avg_pool1d}[pooling]
+    line = pool(line, kernel, stride=1, padding=kernel // 2)
+    return torch.zeros_like(s).scatter_(-1, order, line), old

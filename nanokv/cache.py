@@ -24,6 +24,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from nanokv import attention, snapshot
 
@@ -241,8 +242,12 @@ class Storage(Method):
         raise NotImplementedError
 
     def read(self) -> tuple[Tensor, Tensor]:
-        """Return all slots as k, v (B, Hkv, N, D) in the model's dtype; shorter rows are padded."""
-        raise NotImplementedError
+        """Return all slots as k, v (B, Hkv, N, D) in the model's dtype; shorter rows are padded.
+
+        A storage implements this or `read_row`.
+        """
+        k, v = zip(*(self.read_row(r) for r in range(self.cache.n_rows)), strict=True)
+        return tuple(pad_sequence(t, batch_first=True).unflatten(0, (self.cache.B, -1)) for t in (k, v))
 
     def read_row(self, r: int) -> tuple[Tensor, Tensor]:
         """Return the slots of one row as k, v (n_r, D)."""
@@ -443,6 +448,11 @@ class LayerCache:
     def set_column(self, name: str, value: Tensor) -> None:
         """Overwrite a column from (B, Hkv, N)."""
         self.slots[name] = value.expand(self.B, -1, -1).reshape(self.n_rows, -1)
+
+    def drop_column(self, name: str) -> None:
+        """Free a column, if there is one."""
+        self.slots.data.pop(name, None)
+        self.fills.pop(name, None)
 
     def keep(self, mask: Tensor) -> None:
         """Forget the entries whose mask is False; bool (B, Hkv, N), sizes of 1 broadcast. The one way to forget."""
@@ -673,9 +683,8 @@ class KVCache:
         if pads and any(pads):
             if self.next_position:
                 raise NotImplementedError("padding can only come before the first prompt of a batch")
-            if not all(m.padded for m in self.methods):
-                name = next(m.name for m in self.methods if not m.padded)
-                raise NotImplementedError(f"{name} needs prompts of equal length in one batch")
+            if stiff := [m.name for m in self.methods if not m.padded]:
+                raise NotImplementedError(f"{stiff[0]} needs prompts of equal length in one batch")
             self.pads = list(pads)
         self._prompt_left = total
         try:
@@ -755,8 +764,8 @@ def _tensors(obj) -> list[Tensor]:
         return [t for o in obj for t in _tensors(o)]
     if isinstance(obj, dict):
         return [t for o in obj.values() for t in _tensors(o)]
-    if isinstance(obj, (Storage, Rows)):
-        return [t for name, o in vars(obj).items() if name != "cache" for t in _tensors(o)]
+    if hasattr(obj, "__dict__") and not isinstance(obj, LayerCache):
+        return _tensors(vars(obj))
     return []
 
 

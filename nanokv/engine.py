@@ -10,13 +10,16 @@ from nanokv.cache import KVCache
 CHUNK = 512  # prompt tokens per pass: bounds the memory of activations, large enough to keep the processor busy
 
 
-def prefill(model, cache: KVCache, ids: Tensor, chunk: int | None = None, progress: Callable | None = None) -> Tensor:
+def prefill(
+    model, cache: KVCache, ids: Tensor, chunk: int | None = None, progress: Callable | None = None, pads=None
+) -> Tensor:
     """Read a prompt ids (B, T) in parts of at most `chunk` tokens; return the last logits (B, vocab).
 
     The cache treats the parts as one prompt. `progress` is called with the number of tokens read after each part.
+    `pads` are the tokens of padding at the beginning of each sequence.
     """
     step = min(c for c in (chunk or CHUNK, cache.chunk) if c)
-    with cache.prompt(ids.shape[1]):
+    with cache.prompt(ids.shape[1], pads):
         for part in ids.split(step, dim=1):
             logits = model(part, cache, last=True)
             if progress:
@@ -24,10 +27,21 @@ def prefill(model, cache: KVCache, ids: Tensor, chunk: int | None = None, progre
     return logits[:, -1]
 
 
-def generate(
+def generate(model, cache: KVCache, ids, max_new_tokens: int = 128, **options) -> Iterator[int]:
+    """Read the prompt `ids` (a list of token ids) into the cache and yield the tokens that follow, one at a time.
+
+    Ends after max_new_tokens, before a token of `stop`, or when the model's context is full (never, where the cache
+    renumbers). The last token yielded has not been read into the cache; pass it first to go on. Options and errors are
+    those of `generate_batch`.
+    """
+    for (token,) in generate_batch(model, cache, [torch.as_tensor(ids).flatten().tolist()], max_new_tokens, **options):
+        yield token
+
+
+def generate_batch(
     model,
     cache: KVCache,
-    ids,
+    prompts: list[list[int]],
     max_new_tokens: int = 128,
     *,
     temperature: float = 0.0,
@@ -39,36 +53,49 @@ def generate(
     stop: Iterable[int] = (),
     chunk: int | None = None,
     progress: Callable | None = None,
-) -> Iterator[int]:
-    """Read the prompt `ids` (a list of token ids) into the cache and yield the tokens that follow, one at a time.
+) -> Iterator[list[int | None]]:
+    """Continue several prompts together; yield per step one token for each, None for those that have ended.
 
-    Ends after max_new_tokens, before a token of `stop`, or when the model's context is full (never, where the cache
-    renumbers). temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 switch those filters off. The last token yielded
-    has not been read into the cache; pass it first to go on. Raises ValueError for an empty or too long prompt.
+    Each sequence gets what it would get alone (a method that cannot promise this refuses prompts of unequal lengths).
+    temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 switch those filters off; with a seed, every sequence draws as
+    it would alone. Raises ValueError for an empty or too long prompt and for options out of range.
     """
-    ids = torch.as_tensor(ids, dtype=torch.long, device=model.embed.weight.device).reshape(1, -1)
-    _check(cache, ids.shape[1], temperature, top_k, top_p, min_p, repetition_penalty)
-    stop, seen = set(stop), set(ids[0].tolist()) if repetition_penalty != 1 else set()
-    rng = None
-    if temperature > 0:
-        rng = torch.Generator()
-        rng.seed() if seed is None else rng.manual_seed(seed)
-    logits = prefill(model, cache, ids, chunk, progress) if max_new_tokens > 0 else None
+    longest = max(map(len, prompts), default=0)
+    _check(cache, min(map(len, prompts), default=0), longest, temperature, top_k, top_p, min_p, repetition_penalty)
+    if max_new_tokens <= 0:
+        return
+    pads = [longest - len(p) for p in prompts]
+    device = model.embed.weight.device
+    ids = torch.tensor([[0] * n + list(p) for n, p in zip(pads, prompts, strict=True)], device=device)
+    seen = [set(p) if repetition_penalty != 1 else set() for p in prompts]
+    stop, done = set(stop), [False] * len(prompts)
+    draws = [_generator(seed) if temperature > 0 else None for _ in prompts]
+    logits = prefill(model, cache, ids, chunk, progress, pads)
     for i in range(max_new_tokens):
         if i > 0:
             if not cache.renumbers and cache.next_position >= cache.config.context:
                 return
             logits = model(ids, cache, last=True)[:, -1]
-        token = sample(logits[0], temperature, top_k, top_p, min_p, repetition_penalty, seen, rng)
-        if token in stop:
+        tokens = []
+        for b, row in enumerate(logits):
+            token = sample(row, temperature, top_k, top_p, min_p, repetition_penalty, seen[b], draws[b])
+            done[b] = done[b] or token in stop
+            tokens.append(None if done[b] else token)
+            seen[b].add(token)
+        if all(done):
             return
-        yield token
-        seen.add(token)
-        ids = ids.new_full((1, 1), token)
+        yield tokens
+        ids = torch.tensor([[token or 0] for token in tokens], device=device)
 
 
-def _check(cache, n, temperature, top_k, top_p, min_p, repetition_penalty) -> None:
-    if n == 0:
+def _generator(seed: int | None) -> torch.Generator:
+    rng = torch.Generator()
+    rng.seed() if seed is None else rng.manual_seed(seed)
+    return rng
+
+
+def _check(cache, shortest, n, temperature, top_k, top_p, min_p, repetition_penalty) -> None:
+    if shortest == 0:
         raise ValueError("the prompt is empty")
     context = cache.config.context
     if not cache.renumbers and cache.next_position + n > context:

@@ -16,12 +16,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nanokv import cache as kv
-
 FORMAT = "1"
 ZEROS = b"0" * 64
 LAYER = ("n_slots", "counts", "fills", "same", "notes", "B", "n_rows")  # what a LayerCache knows beside its tensors
-ROWS = ("least", "n", "cap", "start", "skip")
 
 
 def fingerprint(model) -> str:
@@ -95,18 +92,16 @@ def _checksum(f) -> tuple[bytes, bytes, int]:
 
 
 def _layer_state(layer, name: str, tensors: dict) -> dict:
-    storage = {k: v for k, v in vars(layer.storage).items() if k not in ("cache", "parameters", "name")}
     state = {k: getattr(layer, k) for k in LAYER}
-    return state | {"slots": _encode(layer.slots, name + ".slots", tensors),
-                    "storage": {k: _encode(v, f"{name}.storage.{k}", tensors) for k, v in storage.items()}}  # fmt: skip
+    return state | {k: _encode(getattr(layer, k), f"{name}.{k}", tensors) for k in ("slots", "storage")}
 
 
 def _restore_layer(layer, saved: dict, tensors: dict, device) -> None:
     layer._allocate(saved["B"], device)
     for k in LAYER:
         setattr(layer, k, saved[k])
-    layer.slots = _decode(saved["slots"], tensors)
-    vars(layer.storage).update({k: _decode(v, tensors) for k, v in saved["storage"].items()})
+    for k in ("slots", "storage"):
+        _decode(saved[k], tensors, getattr(layer, k))
 
 
 def _encode(value, name: str, tensors: dict):
@@ -114,27 +109,28 @@ def _encode(value, name: str, tensors: dict):
     if isinstance(value, Tensor):
         tensors[name] = value.detach().clone(memory_format=torch.contiguous_format)
         return {"tensor": name}
-    if isinstance(value, kv.Rows):
-        data = {k: _encode(v, f"{name}.{k}", tensors) for k, v in value.data.items()}
-        return {"rows": {k: getattr(value, k) for k in ROWS}, "data": data}
     if isinstance(value, dict):
         return {"dict": {k: _encode(v, f"{name}.{k}", tensors) for k, v in value.items()}}
     if isinstance(value, (list, tuple)):
         return [_encode(v, f"{name}.{i}", tensors) for i, v in enumerate(value)]
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
+    if type(value).__module__.startswith("nanokv."):  # Rows, storages and the parts that they are made of
+        parts = {k: v for k, v in vars(value).items() if k not in ("cache", "parameters", "name")}
+        return {"object": {k: _encode(v, f"{name}.{k}", tensors) for k, v in parts.items()}}
     raise NotImplementedError(f"{name} is a {type(value).__name__}, which a saved cache cannot hold")
 
 
-def _decode(value, tensors: dict):
+def _decode(value, tensors: dict, into=None):
+    """Undo `_encode`; objects are filled in place, as their owner's `reset` made them."""
     if isinstance(value, list):
-        return [_decode(v, tensors) for v in value]
+        return [_decode(v, tensors, old) for v, old in zip(value, into or [None] * len(value), strict=False)]
     if not isinstance(value, dict):
         return value
     if "tensor" in value:
         return tensors[value["tensor"]]
     if "dict" in value:
-        return {k: _decode(v, tensors) for k, v in value["dict"].items()}
-    rows = kv.Rows(len(value["rows"]["n"]))
-    vars(rows).update(value["rows"], data={k: _decode(v, tensors) for k, v in value["data"].items()})
-    return rows
+        return {k: _decode(v, tensors, (into or {}).get(k)) for k, v in value["dict"].items()}
+    for k, v in value["object"].items():
+        setattr(into, k, _decode(v, tensors, getattr(into, k, None)))
+    return into

@@ -6,14 +6,16 @@ import torch
 
 from nanokv import KVCache
 from nanokv.attention import reference
-from nanokv.methods.kivi import KIVI, pack, quantise, unpack
+from nanokv.cache import Policy
+from nanokv.methods.kivi import KIVI
+from nanokv.quant import PerChannel, PerToken, pack, quantise, unpack
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_packing_is_lossless_and_dense(bits):
-    codes = torch.randint(0, 2**bits, (3, 5, 64, 7), dtype=torch.int32)
+    codes = torch.randint(0, 2**bits, (3, 5, 64, 7), dtype=torch.uint8)
     words = pack(codes, bits)
-    assert words.dtype == torch.int32 and words.shape == (3, 5, 64 * bits // 32, 7)
+    assert words.dtype == torch.uint8 and words.shape == (3, 5, 64 * bits // 8, 7)
     assert torch.equal(unpack(words, bits), codes)
 
 
@@ -62,9 +64,10 @@ def test_groups_run_along_tokens_for_keys_and_along_channels_for_values():
     cache = KVCache(m, "kivi(bits=2,residual=32)")
     tiny.feed(m, cache, tiny.ids(64))
     s = _layer(cache)
-    assert s.k_old["code"].shape == (2, 2, 2, 32)  # 2 rows, 2 groups of 32 tokens, 2 words of 16 tokens, 32 channels
-    assert s.k_old["scale"].shape == (2, 2, 32)
-    assert s.v_old["code"].shape == (2, 32, 2) and s.v_old["scale"].shape == (2, 32, 1)
+    keys, codes, stats = s.k_old.rows, s.v_old.codes, s.v_old.stats
+    assert keys["code"].shape == (2, 2, 8, 32)  # 2 rows, 2 groups of 32 tokens in 8 bytes of 4, 32 channels
+    assert keys["scale"].shape == (2, 2, 32)
+    assert codes["code"].shape == (2, 1, 8, 32) and stats["scale"].shape == (2, 32, 1)
 
 
 def test_an_outlier_channel_does_not_hurt_other_key_channels():
@@ -98,9 +101,10 @@ def test_ledger_equals_the_formula(T, bits):
     assert total["scales"] == rows * (Tk + Tv) * 4 * D // g
     assert total["residual"] == rows * (2 * T - Tk - Tv) * D * 4
     assert total["full"] == rows * T * 2 * D * 4
-    # spare slots: max(16, n / 16) for values and residuals, max(R / g, n / 16) groups of g tokens for keys
-    group = g * D * bits // 8 + 4 * D
-    most = max(4, Tk // g // 16) * group + max(16, Tv // 16) * (D * bits // 8 + 4 * D // g)
+    # spare slots: max(16, n / 16) tokens for residuals and value scales, max(4, n / 16) groups of g tokens for codes,
+    # and the room left in the last group of values
+    keys, codes = max(4, Tk // g // 16) * (g * D * bits // 8 + 4 * D), (max(4, Tv // g // 16) + 1) * g * D * bits // 8
+    most = keys + codes + max(16, Tv // 16) * 4 * D // g
     most += max(16, T % R // 16) * D * 4 + max(16, min(T, R) // 16) * D * 4
     assert 0 <= total["unused"] <= rows * most
 
@@ -114,7 +118,7 @@ def test_residual_is_exact_and_quantised_counts_follow_the_paper():
     for T in range(101, 300):
         tiny.steps(m, cache, text[:, T - 1 : T])
         s = _layer(cache)
-        assert s.k_old.n == [(T - T % 64) // 32] * 2 and s.k_new.n == [T % 64] * 2
+        assert s.k_old.n == [T - T % 64] * 2 and s.k_new.n == [T % 64] * 2
         assert s.v_old.n == [T - 64] * 2 and s.v_new.n == [64] * 2
     tiny.steps(m, full, text[:, 100:299])
     k, v = _layer(full).read()  # layer 0 sees the same input whatever the cache does
@@ -144,7 +148,7 @@ def test_prefill_is_exact_in_any_chunks(chunk):
     cache = KVCache(m, "kivi(bits=2,residual=32)")
     # fp32 sums in another order: a few units in the last place through two layers
     assert tiny.rms(tiny.feed(m, cache, text, chunk), full) < 2e-6
-    assert _layer(cache).k_old.n == [6, 6]
+    assert _layer(cache).k_old.n == [192, 192]
 
 
 def test_decode_attends_to_the_quantised_prompt():
@@ -185,3 +189,67 @@ def test_bad_parameters_are_refused(bad):
 def test_a_group_that_does_not_divide_head_dim_is_refused():
     with pytest.raises(NotImplementedError, match="head_dim 24"):
         KVCache(tiny.model(head_dim=24), "kivi")
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_scores_and_mixtures_from_codes_equal_those_from_dequantised_tensors(bits):
+    torch.manual_seed(0)
+    x, q, p = torch.randn(3, 160, 64), torch.randn(3, 5, 64), torch.rand(3, 5, 150)
+    keys, values = PerChannel(3, bits, 32), PerToken(3, bits, 32)
+    keys.add([0, 1, 2], x)
+    for part in x[:, :150].split([1, 40, 1, 100, 8], 1):  # groups are filled little by little
+        values.add([0, 1, 2], part)
+    # codes and minima are summed apart and nearly cancel: sums of 190 leave 7, which costs a factor of 27 in fp32
+    assert tiny.rms(keys.dot(q), q @ keys.read().mT) < 1e-5
+    assert tiny.rms(values.mix(p), p @ values.read()) < 1e-5
+    whole = PerToken(3, bits, 32)
+    whole.add([0, 1, 2], x[:, :150])
+    assert torch.equal(values.read(), whole.read())
+    for r in range(3):
+        assert torch.equal(values.read(r), values.read()[r]) and torch.equal(keys.read(r), keys.read()[r])
+
+
+def test_dropping_values_keeps_the_codes_of_the_others():
+    values, x = PerToken(2, 2, 32), torch.randn(2, 100, 64)
+    values.add([0, 1], x)
+    before = values.read()
+    mask = torch.rand(2, 100) < 0.6
+    values.keep(mask)
+    for r in range(2):
+        assert torch.equal(values.read(r), before[r][mask[r]])
+    values.add([0, 1], x[:, :3])
+    for r in range(2):
+        assert torch.equal(values.read(r), torch.cat([before[r][mask[r]], before[r][:3]]))
+
+
+def test_a_key_group_goes_with_its_last_entry_and_is_not_quantised_again():
+    m = tiny.model(n_layers=1)
+    cache = KVCache(m, "streamingllm(budget=300,reindex=False)+kivi(bits=2,residual=32)")
+    tiny.feed(m, cache, tiny.ids(300))
+    s, seen = _layer(cache), set()
+    codes = {tuple(row.flatten().tolist()) for row in s.k_old.rows.row("code", 0)}
+    for t in range(400):
+        tiny.steps(m, cache, tiny.ids(1, seed=t))
+        s = _layer(cache)
+        codes |= {tuple(row.flatten().tolist()) for row in s.k_old.rows.row("code", 0)}
+        seen.add(len(codes))
+        assert cache.layers[0].size <= 300 + 32 + 32 + 16 + 18  # sinks' group, oldest group, spare, hidden
+    assert max(seen) == (300 + 400) // 32  # every group of codes was written once and never changed
+
+
+def test_what_is_stored_is_at_most_twice_what_lives():
+    class Sparse(Policy):
+        name = "sparse"
+
+        def __call__(self, cache, q, pos):
+            if cache.phase == "decode" and cache.n_live > 64:
+                cache.keep((cache.token % 8 == 0) | (cache.rank >= cache.n_live - 40))
+
+    m = tiny.model(n_layers=1)
+    cache = KVCache(m, [Sparse(), KIVI(bits=4, residual=32)])
+    tiny.feed(m, cache, tiny.ids(60))
+    for t in range(300):
+        tiny.steps(m, cache, tiny.ids(1, seed=t))
+        c = cache.layers[0]
+        assert c.size <= 2 * c.n_live + 16 and len(set(c.n_slots)) == 1
+        assert c.live.sum() == c.n_live

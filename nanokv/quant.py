@@ -1,0 +1,155 @@
+"""Uniform quantisation in groups, and packing codes of 2, 4 or 8 bits densely into bytes."""
+
+import torch
+from torch import Tensor
+
+from nanokv.cache import Rows
+
+
+def quantise(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Quantise groups x (..., g) asymmetrically: codes uint8 (..., g) in 0..2^bits - 1, scale and minimum fp16 (...).
+
+    Minimum and scale are rounded to fp16 first and codes computed with the rounded values, so that an element is off by
+    at most scale / 2 plus that rounding. A constant group gets scale 1 and codes 0.
+    """
+    x = x.float()
+    low = x.amin(-1).half()
+    scale = ((x.amax(-1) - low.float()) / (2**bits - 1)).half()
+    scale = torch.where(scale > 0, scale, 1.0)
+    codes = ((x - low.float()[..., None]) / scale.float()[..., None]).round_().clamp_(0, 2**bits - 1)
+    return codes.to(torch.uint8), scale, low
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Pack codes (..., n, m) into bytes (..., n * bits / 8, m): code j of byte row w is row j * (rows of bytes) + w.
+
+    Rows far apart share a byte, so that unpacking writes whole runs of rows and loading reads runs of m bytes.
+    """
+    planes = codes.unflatten(-2, (8 // bits, -1)).unbind(-3)  # 8 / bits times (..., n * bits / 8, m)
+    out = planes[0].clone()
+    for j, plane in enumerate(planes[1:], 1):
+        out |= plane << (j * bits)
+    return out
+
+
+def unpack(packed: Tensor, bits: int, dtype=torch.uint8) -> Tensor:
+    """Undo `pack`: bytes (..., w, m) to codes (..., w * 8 / bits, m) in any dtype."""
+    per = 8 // bits
+    out = packed.new_empty(*packed.shape[:-2], per, *packed.shape[-2:], dtype=dtype)  # (..., per, w, m)
+    for j in range(per):
+        plane = packed >> (j * bits) if j else packed
+        out.select(-3, j).copy_(plane & (2**bits - 1) if j < per - 1 else plane)
+    return out.flatten(-3, -2)
+
+
+class PerChannel:
+    """Quantised vectors whose groups are `group` consecutive tokens of one channel: for keys.
+
+    All vectors of a row are (t, D) with t a multiple of `group`. Held per group: codes (group * bits / 8, D) bytes,
+    scale and minimum (D) fp16.
+    """
+
+    def __init__(self, n_rows: int, bits: int, group: int):
+        self.bits, self.group = bits, group
+        self.rows = Rows(n_rows, least=4)  # a slot is a group
+
+    @property
+    def n(self) -> list[int]:
+        """Return the tokens held per row."""
+        return [n * self.group for n in self.rows.n]
+
+    def add(self, rows: list[int], x: Tensor) -> None:
+        """Quantise x (len(rows), t, D) and append it to these rows."""
+        codes, scale, low = quantise(x.unflatten(1, (-1, self.group)).transpose(2, 3), self.bits)  # (rows, t/g, D, g)
+        self.rows.append(rows, code=pack(codes.transpose(2, 3), self.bits), scale=scale, low=low)
+
+    def read(self, r: int | None = None) -> Tensor:
+        """Dequantise row r to fp32 (t, D), or all rows, of equal length, to (R, t, D)."""
+        code, scale, low = (self._field(f, r) for f in ("code", "scale", "low"))
+        x = unpack(code, self.bits, torch.float32)  # (..., t/g, g, D)
+        return x.mul_(scale.float().unsqueeze(-2)).add_(low.float().unsqueeze(-2)).flatten(-3, -2)
+
+    def dot(self, q: Tensor) -> Tensor:
+        """Return q (R, n, D) @ read().mT as (R, n, t): scales and minima are multiplied into q, not into the codes."""
+        code, scale, low = (self._field(f).float() if f != "code" else self._field(f) for f in ("code", "scale", "low"))
+        codes = unpack(code, self.bits, torch.float32)  # (R, t/g, g, D)
+        s = (q[:, None] * scale[:, :, None]) @ codes.mT  # (R, t/g, n, g)
+        return (s + (low @ q.mT)[..., None]).transpose(1, 2).flatten(2)
+
+    def keep(self, mask: Tensor) -> None:
+        """Drop the groups of which no token is kept; mask (R, t)."""
+        self.rows.keep(mask.unflatten(1, (-1, self.group)).any(-1))
+
+    def _field(self, name: str, r: int | None = None) -> Tensor:
+        return self.rows[name] if r is None else self.rows.row(name, r)
+
+
+class PerToken:
+    """Quantised vectors whose groups are `group` consecutive channels of one token: for values.
+
+    Held per `group` tokens: codes (group * bits / 8, D) bytes, the last of which may have room left; per token: scale
+    and minimum (D / group) fp16.
+    """
+
+    def __init__(self, n_rows: int, bits: int, group: int):
+        self.bits, self.group = bits, group
+        self.codes, self.stats = Rows(n_rows, least=4), Rows(n_rows)
+
+    @property
+    def n(self) -> list[int]:
+        """Return the tokens held per row."""
+        return self.stats.n
+
+    def add(self, rows: list[int], x: Tensor) -> None:
+        """Quantise x (len(rows), t, D) and append it to these rows."""
+        codes, scale, low = quantise(x.unflatten(-1, (-1, self.group)), self.bits)  # (rows, t, D/g, g)
+        self._add(rows, codes.flatten(-2), scale, low)
+
+    def _add(self, rows: list[int], codes: Tensor, scale: Tensor, low: Tensor) -> None:
+        filled = {self.n[r] % self.group for r in rows}
+        if len(filled) > 1:
+            for i, r in enumerate(rows):
+                self._add([r], codes[i : i + 1], scale[i : i + 1], low[i : i + 1])
+            return
+        at, t = filled.pop(), codes.shape[1]
+        room = codes.new_zeros(len(rows), -(-(at + t) // self.group) * self.group, codes.shape[2])
+        room[:, at : at + t] = codes
+        packed = pack(room.unflatten(1, (-1, self.group)), self.bits)  # (rows, groups, g * bits / 8, D)
+        for i, r in enumerate(rows if at else []):
+            self.codes.row("code", r)[-1] |= packed[i, 0]
+        if packed.shape[1] > (at > 0):
+            self.codes.append(rows, code=packed[:, int(at > 0) :])
+        self.stats.append(rows, scale=scale, low=low)
+
+    def read(self, r: int | None = None) -> Tensor:
+        """Dequantise row r to fp32 (t, D), or all rows, of equal length, to (R, t, D)."""
+        x, scale, low = self._parts(r)
+        x = x.unflatten(-1, (-1, self.group))  # (..., t, D/g, g)
+        return x.mul_(scale.float().unsqueeze(-1)).add_(low.float().unsqueeze(-1)).flatten(-2)
+
+    def mix(self, p: Tensor) -> Tensor:
+        """Return p (R, n, t) @ read() as (R, n, D): scales and minima are multiplied into p, not into the codes."""
+        codes, scale, low = self._parts()
+        R, n, _ = p.shape
+        s = scale.shape[-1]
+        weighted = p[:, None] * scale.float().permute(0, 2, 1)[:, :, None]  # (R, D/g, n, t)
+        o = (weighted.flatten(1, 2) @ codes).view(R, s, n, s, self.group)  # every scale with every group of channels,
+        o = o.diagonal(dim1=1, dim2=3).transpose(2, 3)  # of which its own is wanted: (R, n, D/g, g)
+        return (o + (p @ low.float())[..., None]).flatten(2)
+
+    def keep(self, mask: Tensor) -> None:
+        """Drop the tokens whose mask (R, t) is False; the codes of the others stay what they are."""
+        old = [(self._parts(r, torch.uint8), mask[r, : self.n[r]]) for r in range(len(self.n))]
+        self.__init__(len(self.n), self.bits, self.group)
+        for r, (parts, some) in enumerate(old):
+            self._add([r], *(part[some][None] for part in parts))
+        self.codes.trim()
+        self.stats.trim()
+
+    def _parts(self, r: int | None = None, dtype=torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+        """Return codes (..., t, D), scale and minimum (..., t, D/g) of row r or of all."""
+        code, scale, low = (
+            rows[f] if r is None else rows.row(f, r)
+            for rows, f in ((self.codes, "code"), (self.stats, "scale"), (self.stats, "low"))
+        )
+        return unpack(code, self.bits, dtype).flatten(-3, -2)[..., : scale.shape[-2], :], scale, low
