@@ -67,7 +67,7 @@ def _info(module_name: str) -> Info:
     ]
     if len(own) != 1:
         raise ValueError(f"{name}: a method file holds exactly one Storage, Policy or Plan, found {len(own)}")
-    kind = next(k.__name__.lower() for k in (Storage, Policy, Plan) if issubclass(own[0], k))
+    kind = next(k.__name__.lower() for k in (Storage, Plan, Policy) if issubclass(own[0], k))
     head = sections(module.__doc__ or "")
     missing = [s for s in ("Paper", "Axis", "Idea", "Stores", "Bytes", "Acts", "Differs") if s not in head]
     if missing:
@@ -76,15 +76,19 @@ def _info(module_name: str) -> Info:
     return Info(name, kind, head["Axis"], head["Paper"], params, inspect.cleandoc(module.__doc__), own[0])
 
 
+def _names() -> list[str]:
+    return [m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_")]
+
+
 def available() -> list[Info]:
     """List the methods there are, by name."""
-    names = sorted(m.name for m in pkgutil.iter_modules(__path__))
+    names = sorted(_names())
     return [_info(f"{__name__}.{name}") for name in names]
 
 
 def find(name: str) -> Info:
     """Return the method called `name`; ValueError lists what there is."""
-    names = [m.name for m in pkgutil.iter_modules(__path__)]
+    names = _names()
     if name not in names:
         raise ValueError(f"unknown method {name!r}; there are: {', '.join(sorted(names))}")
     return _info(f"{__name__}.{name}")
@@ -97,6 +101,7 @@ def parse(spec) -> tuple[Storage, list[Policy], Plan | None]:
     """
     made = _terms(spec) if isinstance(spec, str) else [spec] if isinstance(spec, Method) else list(spec)
     kinds = {kind: [m for m in made if isinstance(m, kind)] for kind in (Storage, Policy, Plan)}
+    kinds[Policy] = [m for m in kinds[Policy] if not isinstance(m, Plan)]
     for kind in (Storage, Plan):
         if len(kinds[kind]) > 1:
             names = " and ".join(m.name for m in kinds[kind])
@@ -129,3 +134,13 @@ def _is_sum(node) -> bool:
 
 def _terms(spec: str) -> list[Method]:
     return [find(name)(**parameters) for name, parameters in terms(spec)]
+
+
+def table() -> str:
+    """Return a Markdown table of the methods, made from the headers of their files."""
+    lines = ["| method | kind | shrinks | in one sentence | parameters |", "|---|---|---|---|---|"]
+    for i in sorted(available(), key=lambda i: (AXES.index(i.axis.split(", ")[0]), i.name)):
+        params = ", ".join(f"{k}={v!r}" for k, v in i.parameters.items())
+        name = f"[{i.name}](nanokv/methods/{i.name}.py)"
+        lines.append(f"| {name} | {i.kind} | {i.axis} | {i.header.splitlines()[0]} | {params} |")
+    return "\n".join(lines)
