@@ -27,7 +27,7 @@ class Config:
     context: int
     eps: float = 1e-5
     rope_theta: float = 10000.0
-    rope_scaling: dict | None = None  # {"type": "linear" | "llama3", ...}, None for plain RoPE
+    rope_scaling: dict | None = None  # {"type": "linear" | "llama3" | "factors", ...}, or None
     tied: bool = True  # the output projection is the embedding matrix
     qkv_bias: bool = False  # Qwen2
     o_bias: bool = False

@@ -100,28 +100,22 @@ def test_only_the_last_logits_on_request():
     assert tiny.rms(last, m(text, KVCache(m))[:, -1:]) < 1e-6  # a product with one row rounds otherwise
 
 
-@pytest.fixture(scope="module")
-def peer_smollm2(smollm2_gguf):
-    load = transformers.AutoModelForCausalLM.from_pretrained
-    return load(smollm2_gguf.parent, gguf_file=smollm2_gguf.name, dtype=torch.float32).eval()
-
-
 TEXT = "The Eiffel Tower was finished in 1889. Its designer, Gustave Eiffel, had built bridges before. " * 12
 
 
-def test_default_model_equals_transformers(smollm2, peer_smollm2):
+def test_default_model_equals_transformers(smollm2, smollm2_peer):
     model, tokenizer = smollm2
     text = torch.tensor([tokenizer.encode(TEXT)])
     with torch.inference_mode():
-        want = peer_smollm2(text).logits
+        want = smollm2_peer[0](text).logits
     assert tiny.rms(model(text, KVCache(model)), want) < 1e-5
     assert tiny.rms(tiny.feed(model, KVCache(model), text, 77), want) < 1e-5
 
 
-def test_default_model_greedy_text_equals_transformers(smollm2, peer_smollm2):
+def test_default_model_greedy_text_equals_transformers(smollm2, smollm2_peer):
     model, tokenizer = smollm2
     prompt = tokenizer.chat([{"role": "user", "content": "Tell me a story about a lighthouse keeper and a whale."}])
     ids = tokenizer.encode(prompt)
     with torch.inference_mode():
-        want = peer_smollm2.generate(torch.tensor([ids]), max_new_tokens=200, min_new_tokens=200, do_sample=False)
+        want = smollm2_peer[0].generate(torch.tensor([ids]), max_new_tokens=200, min_new_tokens=200, do_sample=False)
     assert list(generate(model, KVCache(model), ids, 200)) == want[0, len(ids) :].tolist()
