@@ -54,9 +54,7 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
 
     def forward(self, x: Tensor) -> Tensor:
-        y = x.float()
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * y.to(x.dtype)
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)  # x / sqrt(mean(x^2) + eps) * weight
 
 
 class RoPE:
@@ -70,7 +68,7 @@ class RoPE:
         D = config.head_dim
         inv = 1.0 / config.rope_theta ** (torch.arange(0, D, 2, dtype=torch.int64).float() / D)
         self.inv_freq = _scale_frequencies(inv, config.rope_scaling).to(device)  # (D/2,)
-        self._table = None  # cos and sin of positions 0..n-1, (2, n, D/2)
+        self._table = None  # cosines and signed sines of positions 0..n-1, (2, n, D)
         self._last = (None, None, None)
         self.reserve(config.context)
 
@@ -79,10 +77,11 @@ class RoPE:
         if self._table is None or n > self._table.shape[1]:
             n = 1 << (n - 1).bit_length() if self._table is not None else n
             angle = torch.arange(n, device=self.inv_freq.device).float()[:, None] * self.inv_freq  # (n, D/2)
-            self._table = torch.stack([angle.cos(), angle.sin()])
+            cos, sin = angle.cos(), angle.sin()
+            self._table = torch.stack([torch.cat([cos, cos], 1), torch.cat([-sin, sin], 1)])
 
     def tables(self, pos: Tensor, dtype=torch.float32) -> tuple[Tensor, Tensor]:
-        """Return cos and sin of shape (*pos.shape, D/2) for integer positions."""
+        """Return the cosines and signed sines of integer positions, (*pos.shape, D) each."""
         key, dt, out = self._last
         if key is pos and dt is dtype:  # every layer of one step asks for the same positions
             return out
@@ -91,12 +90,14 @@ class RoPE:
         return out
 
     def __call__(self, x: Tensor, pos: Tensor) -> Tensor:
-        """Rotate x (B, H, T, D) by pos, integers (B, T) or (B, H, T); a size of 1 broadcasts. x is not changed."""
-        cos, sin = self.tables(pos, x.dtype)  # (B, T, D/2) or (B, H, T, D/2)
+        """Rotate x (B, H, T, D) by pos, integers (B, T), or (B, Hkv, T) where KV heads differ. x is not changed."""
+        cos, sin = self.tables(pos, x.dtype)  # (B, T, D) or (B, H, T, D)
         if pos.dim() == 2:
             cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-        a, b = x.chunk(2, dim=-1)
-        return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+        elif 1 < cos.shape[1] < x.shape[1]:  # the query heads of a group share their KV head's positions
+            cos, sin = (t.repeat_interleave(x.shape[1] // t.shape[1], 1) for t in (cos, sin))
+        # (a, b) -> (a cos - b sin, b cos + a sin) for the halves a and b of x, which rolling by D/2 exchanges
+        return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
 def _scale_frequencies(inv: Tensor, scaling: dict | None) -> Tensor:

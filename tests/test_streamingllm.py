@@ -5,7 +5,8 @@ import tiny
 import torch
 
 from nanokv import KVCache, generate
-from nanokv.attention import reference
+from nanokv.attention import Mask, reference
+from nanokv.cache import Policy
 from nanokv.methods.streamingllm import StreamingLLM
 from nanokv.model import RoPE
 
@@ -133,3 +134,28 @@ def test_the_prompt_is_read_in_parts_of_a_quarter_window():
 def test_bad_parameters_are_refused(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         StreamingLLM(**bad)
+
+
+def test_rows_of_unequal_length_are_renumbered_each_for_itself():
+    class Halve(Policy):
+        name = "halve"
+
+        def __call__(self, cache, q, pos):
+            if cache.phase == "last":
+                heads = torch.arange(2).view(1, 2, 1)
+                cache.keep((heads == 1) | (cache.rank % 2 == 0))
+
+    m = tiny.model(n_layers=1)
+    cache = KVCache(m, [StreamingLLM(budget=400), Halve()])
+    tiny.feed(m, cache, tiny.ids(60))
+    seen, c = [], cache.layers[0]
+    attend = c.attend
+    c.attend = lambda q, pos: (seen.append((q, pos)), attend(q, pos))[1]
+    tiny.steps(m, cache, tiny.ids(1))
+    q, pos = seen[0]
+    assert pos.tolist() == [[[30], [60]]]
+    k, v = c.read()
+    out = attend(q, pos)
+    for h, n in ((0, 31), (1, 61)):
+        one = reference(q[:, 3 * h : 3 * h + 3], k[:, h : h + 1, :n], v[:, h : h + 1, :n], Mask(1, n))
+        assert tiny.rms(out[:, 3 * h : 3 * h + 3], one) < 1e-6
