@@ -341,6 +341,7 @@ class LayerCache:
         self.counts = [0] * self.n_rows  # live entries per row, known without asking the device
         self.fills: dict[str, float] = {}  # column -> value for new slots
         self.same = True  # every row holds the same tokens
+        self._settled = 0  # hidden slots that were left by the last reclaim
         self._tail = None  # the last queries of a prompt under way, and their positions
         self.storage = self.parent.storage.bind(self)
 
@@ -353,6 +354,7 @@ class LayerCache:
         T = k.shape[2]
         for policy in self.policies:
             policy.before(self, T)
+        self._tidy()
         token = pos
         if self.renumbers:
             pos = self._next_ranks(T)
@@ -372,17 +374,19 @@ class LayerCache:
     def compress(self, q: Tensor, pos: Tensor) -> None:
         """Let policies forget entries, then let the storage pack what is left. q (B, H, T, D) is not rotated."""
         self._observe(q, pos)
+        if self.window and not self.renumbers:  # no later query can see further back
+            near = self.token > pos[:, -1, None, None] + 1 - self.window
+            if not near.all():
+                self.keep(near)
         for policy in self.policies:
             policy(self, q, pos)
-        if self.window and not self.renumbers and self.size >= self.window:  # no later query can see further back
-            self.keep(self.token > pos[:, -1, None, None] + 1 - self.window)
         if not self.parent.waits:
             self.finish()
 
     def finish(self) -> None:
         """End this layer's part of a pass: pack, and at the end of a prompt give back what is not needed."""
-        if self.phase == "last":
-            self._reclaim()
+        self.step_probs = None
+        self._tidy()
         self.storage.pack()
         if self.phase == "last":
             self.slots.trim()
@@ -440,9 +444,7 @@ class LayerCache:
     def column(self, name: str, fill: float = 0.0, dtype=torch.float32) -> Tensor:
         """Return a named value per slot (B, Hkv, N), `fill` for slots that were never set. Change it by set_column."""
         if name not in self.slots.data:
-            self._explicit()
-            self.slots.add(name, (), dtype, self.device, fill)
-            self.fills[name] = fill
+            self._add_column(name, fill, dtype)
         return self._column(name, fill)
 
     def set_column(self, name: str, value: Tensor) -> None:
@@ -462,8 +464,7 @@ class LayerCache:
         token = torch.where(mask, self.token, HIDDEN).expand(shape)
         self.slots["token"] = token.reshape(self.n_rows, -1)
         self.counts = (token != HIDDEN).sum(-1).flatten().tolist()
-        hidden = max(s - c for s, c in zip(self.n_slots, self.counts, strict=True))
-        if self.phase != "decode" or hidden >= spare(self.n_live):
+        if self.phase != "decode":  # in a decode step slots stay where they are until it ends
             self._reclaim()
 
     def write(self, index: Tensor, k: Tensor, v: Tensor) -> None:
@@ -473,24 +474,28 @@ class LayerCache:
     def observed(self) -> tuple[Tensor, Tensor]:
         """Return the last queries of the prompt, rotated, (B, H, W, D), and their positions (B, W).
 
-        W is what the method asked for by `observes`, or the tokens of the prompt if these are fewer; the same however
-        the prompt was cut into chunks.
+        W is the most that a method asked for by `observes`, or the tokens of the prompt if these are fewer; the same
+        however the prompt was cut into chunks. Positions are those that the queries' own entries have now.
         """
         q, pos = self._tail
-        return self.rope(q, pos), pos
+        if self.renumbers:
+            pos = self._next_ranks(q.shape[2]) - q.shape[2]
+        return self.rope(q, pos.clamp(min=0)), pos
 
     def probs(self, q: Tensor, pos: Tensor) -> Tensor:
         """Return what rotated queries q (B, H, T, D) at pos attend to, as probabilities per slot, fp32 (B, H, T, N)."""
         return attention.probs(q, self.read()[0], self.mask(pos))
 
-    def column_sums(self, q: Tensor, pos: Tensor, block: int = 128) -> Tensor:
-        """Return the attention each slot gets from rotated queries q (B, H, T, D) in all: fp32 (B, H, N).
+    def column_sums(self, q: Tensor, pos: Tensor, reduce: str = "mean", block: int = 128) -> Tensor:
+        """Return the attention each slot gets from rotated queries q (B, H, T, D) in all: fp32 (B, Hkv, N).
 
-        Works through the queries in blocks, so that memory is block * N per head and not T * N.
+        Each query's probabilities are reduced over its group ("mean", "max" or "sum"), then added up. Works through the
+        queries in blocks, so that memory is block * N per head and not T * N.
         """
         k, total = self.read()[0].float(), 0
         for part, at in zip(q.split(block, 2), pos.split(block, -1), strict=True):
-            total = total + attention.probs(part, k, self.mask(at, newest=False)).sum(2)
+            p = attention.probs(part, k, self.mask(at, newest=False))  # (B, H, block, N)
+            total = total + attention.reduce_group(p, self.config.n_kv_heads, reduce).sum(2)
         return total
 
     def read(self) -> tuple[Tensor, Tensor]:
@@ -541,10 +546,16 @@ class LayerCache:
     def _explicit(self) -> None:
         """Write down each slot's token, where until now slot i held token i."""
         if "token" not in self.slots.data:
-            n = self.size
-            token = torch.arange(n, dtype=torch.int32, device=self.device).expand(self.n_rows, n)
-            self.slots.append(token=token)
-            self.fills["token"] = 0
+            token = self.token.expand(self.B, self.config.n_kv_heads, -1)
+            self._add_column("token", 0, torch.int32)
+            self.set_column("token", token)
+
+    def _add_column(self, name: str, fill: float, dtype) -> None:
+        self.fills[name] = fill
+        if self.slots.data:
+            self.slots.add(name, (), dtype, self.device, fill)
+        else:
+            self.slots.append(**{name: torch.full((self.n_rows, self.size), fill, dtype=dtype, device=self.device)})
 
     def _grow(self, token: Tensor) -> None:
         """Take note of a new entry for every token (B, T) in every row; negative ones are padding and stay hidden."""
@@ -556,11 +567,12 @@ class LayerCache:
         hidden = (token < 0).sum(1).tolist() if pads else [0] * B
         self.counts = [n + T - hidden[r * B // self.n_rows] for r, n in enumerate(self.counts)]
         self.same &= not pads
-        if "token" in self.slots.data:
-            new = {n: torch.full((self.n_rows, T), f, dtype=self.slots.data[n].dtype, device=self.device)
-                   for n, f in self.fills.items()}  # fmt: skip
-            token = torch.where(token < 0, HIDDEN, token).int()
+        new = {n: torch.full((self.n_rows, T), f, dtype=self.slots.data[n].dtype, device=self.device)
+               for n, f in self.fills.items()}  # fmt: skip
+        if "token" in new:
+            token = torch.where(token < 0, HIDDEN, token).int() if pads else token.int()
             new["token"] = token.repeat_interleave(self.n_rows // B, 0)
+        if new:
             self.slots.append(**new)
 
     def _observe(self, q: Tensor, pos: Tensor) -> None:
@@ -577,13 +589,22 @@ class LayerCache:
         counts = torch.tensor(self.counts, device=self.device).view(self.B, -1, 1)
         return counts + ranks  # (B, Hkv, T)
 
+    @property
+    def _hidden(self) -> int:
+        return max(s - c for s, c in zip(self.n_slots, self.counts, strict=True))
+
+    def _tidy(self) -> None:
+        """Reclaim the memory of hidden slots if there are as many new ones as the spare ones we allow ourselves."""
+        if self._hidden - self._settled >= (spare(self.n_live) if self.phase == "decode" else 1):
+            self._reclaim()
+
     def _reclaim(self) -> None:
-        if all(s == c for s, c in zip(self.n_slots, self.counts, strict=True)):
-            return
-        live = self.live.expand(self.B, self.config.n_kv_heads, -1).reshape(self.n_rows, -1)
-        rest = self.storage.drop(live)
-        self.slots.keep(rest)
-        self.n_slots = list(self.slots.n)
+        if self._hidden:
+            live = self.live.expand(self.B, self.config.n_kv_heads, -1).reshape(self.n_rows, -1)
+            rest = self.storage.drop(live)
+            self.slots.keep(rest)
+            self.n_slots = list(self.slots.n)
+        self._settled = self._hidden  # what the storage could not let go of
 
 
 class KVCache:
@@ -772,8 +793,10 @@ def _tensors(obj) -> list[Tensor]:
 def top(score: Tensor, n, among: Tensor) -> Tensor:
     """Return which n slots per row score highest among the candidates, bool (B, Hkv, N).
 
-    score is fp32 (B, Hkv, N), n an int or integers (B, Hkv, 1), among bool (B, Hkv, N). Ties go to the older slot.
+    score is fp32 (B, Hkv, N), n an int or integers (B, Hkv, 1), among bool, broadcastable.
+    Ties go to the older slot.
     """
+    among = among.expand_as(score)
     order = torch.argsort(score, dim=-1, descending=True, stable=True)
     order = order.gather(-1, torch.argsort((~among).gather(-1, order).byte(), dim=-1, stable=True))  # candidates first
     place = torch.arange(order.shape[-1], device=order.device).expand_as(order)

@@ -18,7 +18,8 @@ from torch import Tensor
 
 FORMAT = "1"
 ZEROS = b"0" * 64
-LAYER = ("n_slots", "counts", "fills", "same", "notes", "B", "n_rows")  # what a LayerCache knows beside its tensors
+# what a LayerCache knows beside its tensors
+LAYER = ("n_slots", "counts", "fills", "same", "notes", "_settled", "B", "n_rows")
 
 
 def fingerprint(model) -> str:

@@ -298,7 +298,8 @@ def test_method_files_import_nothing_but_torch_and_the_cache():
             continue
         tree = ast.parse(file.read_text())
         names = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
-        names |= {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
+        froms = [n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)]
+        names |= {f"nanokv.{a.name}" if n.module == "nanokv" else n.module for n in froms for a in n.names}
         allowed = {"torch", "math", "nanokv.cache", "nanokv.attention", "nanokv.quant", f"nanokv.kernels.{file.stem}"}
         assert names <= allowed | {"torch.nn.functional"}, file.name
 
@@ -385,8 +386,7 @@ def test_column_sums_in_blocks_equal_the_dense_sum(chunk):
 
         def __call__(self, cache, q, pos):
             sums = cache.column_sums(cache.rope(q, pos), pos, block=9)
-            acc = cache.column("acc").repeat_interleave(3, 1)[:, ::3]
-            cache.set_column("acc", acc + sums.view(1, 2, 3, -1).mean(2))
+            cache.set_column("acc", cache.column("acc") + sums)
             dense.append(cache.probs(cache.rope(q, pos), pos).sum(2))
 
     m, dense = tiny.model(n_layers=1), []
@@ -396,3 +396,44 @@ def test_column_sums_in_blocks_equal_the_dense_sum(chunk):
     got = cache.layers[0].column("acc")
     assert tiny.rms(got, want) < 1e-5
     assert torch.allclose(got.sum(-1), torch.full((1, 2), 100.0))  # every softmax row sums to one
+
+
+def test_policies_before_a_reader_of_probabilities_do_not_move_its_slots():
+    class Read(Policy):
+        name, needs_probs = "read", True
+
+        def __call__(self, cache, q, pos):
+            if cache.phase == "decode":
+                seen.append((cache.step_probs.shape[-1], cache.size, float(cache.step_probs.sum(-1).mean())))
+
+    m, seen = tiny.model(n_layers=1), []
+    cache = KVCache(m, [Drop([(50, None, list(range(30))), (52, 0, [33, 40])]), Read()])
+    tiny.feed(m, cache, tiny.ids(45))
+    tiny.steps(m, cache, tiny.ids(20))
+    assert all(n == size and abs(total - 1) < 1e-5 for n, size, total in seen)
+    assert cache.layers[0].step_probs is None and cache.layers[0].size < 45
+
+
+def test_observed_positions_follow_the_numbering():
+    class Look(Policy):
+        name, observes = "look", 16
+
+        def __call__(self, cache, q, pos):
+            if cache.phase == "last":
+                seen.append((cache.observed()[1].tolist(), cache.probs(*cache.observed())))
+
+    m, seen = tiny.model(n_layers=1), []
+    cache = KVCache(m, [methods_by_name("streamingllm")(budget=40), Look()])
+    tiny.feed(m, cache, tiny.ids(100), 9)
+    ((pos, p),) = seen
+    assert pos == [list(range(24, 40))]
+    assert torch.allclose(p.sum(-1), torch.ones(1, 6, 16)) and not p[0, 0].triu(25).any()
+
+
+def test_a_window_is_freed_even_if_a_policy_keeps_less():
+    m = tiny.model(n_layers=1, windows=(24,))
+    cache = KVCache(m, [methods_by_name("h2o")(budget=10)])
+    tiny.feed(m, cache, tiny.ids(60))
+    assert min(cache.live_positions(0, 0)) >= 60 - 23
+    tiny.steps(m, cache, tiny.ids(60))
+    assert min(cache.live_positions(0, 0)) >= 120 - 23
