@@ -555,6 +555,7 @@ class LayerCache:
         if self.slots.data:
             self.slots.add(name, (), dtype, self.device, fill)
         else:
+            self.slots = Rows(self.n_rows)
             self.slots.append(**{name: torch.full((self.n_rows, self.size), fill, dtype=dtype, device=self.device)})
 
     def _grow(self, token: Tensor) -> None:
