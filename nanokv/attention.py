@@ -82,10 +82,33 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
     if T <= 16:  # the G queries of a group are rows of one problem
         if add is not None and T > 1:
             add = add[:, :, None].expand(-1, -1, G, T, -1).flatten(2, 3)
-        o = F.scaled_dot_product_attention(q.reshape(B, Hkv, G * T, D), k, v, attn_mask=add)
-        return o.view(B, H, T, -1)
+        return _rows(q.reshape(B, Hkv, G * T, D), k, v, add).view(B, H, T, -1)
     heads = [F.scaled_dot_product_attention(q[:, g::G], k, v, attn_mask=add) for g in range(G)]
     return torch.stack(heads, 2).view(B, H, T, -1)
+
+
+def _rows(q: Tensor, k: Tensor, v: Tensor, add: Tensor | None) -> Tensor:
+    """Attend from a few rows q (B, Hkv, n, D) to k, v (B, Hkv, N, D): (B, Hkv, n, D).
+
+    On a CPU PyTorch gives each KV head to one thread. Where heads do not divide among the threads, a long cache is cut
+    into as many parts as there are threads, whose results are averaged by their share of the softmax's denominator.
+    """
+    (B, Hkv, n, _), N = q.shape, k.shape[2]
+    parts = torch.get_num_threads()
+    whole = N // parts * parts
+    if q.device.type != "cpu" or add is not None or B * Hkv % parts == 0 or N < SPLIT:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=add)
+    split = [t.flatten(0, 1)[:, :whole].unflatten(1, (parts, -1)) for t in (k, v)]  # (B * Hkv, parts, N / parts, D)
+    q = q.flatten(0, 1)[:, None]  # (B * Hkv, 1, n, D)
+    o, lse = _with_lse(q.expand(-1, parts, -1, -1), *split)
+    if whole < N:
+        rest = _with_lse(q, *(t.flatten(0, 1)[:, None, whole:] for t in (k, v)))
+        o, lse = torch.cat([o, rest[0]], 1), torch.cat([lse, rest[1]], 1)
+    return (lse.softmax(1).to(o.dtype)[..., None] * o).sum(1).view(B, Hkv, n, -1)
+
+
+_with_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # also returns the log of the denominator
+SPLIT = 512  # entries from which cutting a cache into parts pays
 
 
 def ragged(q: Tensor, rows: list, mask: Mask) -> Tensor:

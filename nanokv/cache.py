@@ -186,6 +186,7 @@ class Method:
     """What every method shares: hyper-parameters set by its constructor, and nothing else until it is bound."""
 
     name = ""  # the file's name, unless given
+    source = ""  # the path of the file, if it lies outside nanokv/methods
     renumbers = False  # positions are ranks among live entries, and keys are stored un-rotated
     merges = False  # entries are overwritten, which needs a storage that can do that
     chunk = None  # the most prompt tokens that may be read at once, or None
@@ -206,7 +207,7 @@ class Method:
         """Take no hyper-parameters."""
 
     def __repr__(self) -> str:
-        return f"{self.name}({', '.join(f'{k}={v!r}' for k, v in self.parameters.items())})"
+        return f"{self.source or self.name}({', '.join(f'{k}={v!r}' for k, v in self.parameters.items())})"
 
     def check(self, config) -> None:
         """Raise NotImplementedError, with the reason, if the method cannot work with this model."""

@@ -6,11 +6,13 @@ or Plan. The parameters of its constructor are its hyper-parameters, on the comm
 
 import ast
 import importlib
+import importlib.util
 import inspect
 import pkgutil
 import re
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 from nanokv.cache import Method, Plan, Policy, Storage
 
@@ -28,6 +30,7 @@ class Info:
     parameters: dict
     header: str
     cls: type
+    source: str = ""  # the path of a file outside this folder
 
     def __call__(self, **parameters) -> Method:
         """Construct the method; ValueError names what is wrong with a parameter."""
@@ -40,7 +43,9 @@ class Info:
             raise ValueError(f"{self.name} needs {' and '.join(required)}, for example {required[0]}=512")
         for p, value in parameters.items():
             _check_type(self.name, p, self.parameters[p], value)
-        return self.cls(**parameters)
+        method = self.cls(**parameters)
+        method.source = self.source or self.name
+        return method
 
 
 def _check_type(method: str, name: str, default, value) -> None:
@@ -59,12 +64,25 @@ def sections(header: str) -> dict[str, str]:
 
 
 @cache
-def _info(module_name: str) -> Info:
-    module = importlib.import_module(module_name)
-    name = module_name.rpartition(".")[2]
-    own = [
-        c for c in vars(module).values() if inspect.isclass(c) and issubclass(c, Method) and c.__module__ == module_name
-    ]
+def _info(name: str) -> Info:
+    return _describe(importlib.import_module(f"{__name__}.{name}"), name)
+
+
+def from_file(path: str) -> Info:
+    """Return the method in a file outside this folder; ValueError says what is wrong with it."""
+    name = Path(path).stem
+    try:
+        found = importlib.util.spec_from_file_location(name, path)
+        module = importlib.util.module_from_spec(found)
+        found.loader.exec_module(module)
+    except Exception as error:  # a user's file may fail in any way
+        raise ValueError(f"cannot load the method {path}: {type(error).__name__}: {error}".splitlines()[0]) from error
+    return _describe(module, name, path)
+
+
+def _describe(module, name: str, source: str = "") -> Info:
+    classes = [c for c in vars(module).values() if inspect.isclass(c) and issubclass(c, Method)]
+    own = [c for c in classes if c.__module__ == module.__name__]
     if len(own) != 1:
         raise ValueError(f"{name}: a method file holds exactly one Storage, Policy or Plan, found {len(own)}")
     kind = next(k.__name__.lower() for k in (Storage, Plan, Policy) if issubclass(own[0], k))
@@ -73,7 +91,7 @@ def _info(module_name: str) -> Info:
     if missing:
         raise ValueError(f"{name}: the header lacks {', '.join(missing)}")
     params = {p.name: p.default for p in list(inspect.signature(own[0].__init__).parameters.values())[1:]}
-    return Info(name, kind, head["Axis"], head["Paper"], params, inspect.cleandoc(module.__doc__), own[0])
+    return Info(name, kind, head["Axis"], head["Paper"], params, inspect.cleandoc(module.__doc__), own[0], source)
 
 
 def _names() -> list[str]:
@@ -82,16 +100,16 @@ def _names() -> list[str]:
 
 def available() -> list[Info]:
     """List the methods there are, by name."""
-    names = sorted(_names())
-    return [_info(f"{__name__}.{name}") for name in names]
+    return [_info(name) for name in sorted(_names())]
 
 
 def find(name: str) -> Info:
-    """Return the method called `name`; ValueError lists what there is."""
-    names = _names()
-    if name not in names:
-        raise ValueError(f"unknown method {name!r}; there are: {', '.join(sorted(names))}")
-    return _info(f"{__name__}.{name}")
+    """Return the method called `name`, or the one in the file of that path; ValueError lists what there is."""
+    if name.endswith(".py"):
+        return from_file(name)
+    if name not in _names():
+        raise ValueError(f"unknown method {name!r}; there are: {', '.join(sorted(_names()))}")
+    return _info(name)
 
 
 def parse(spec) -> tuple[Storage, list[Policy], Plan | None]:
@@ -111,25 +129,19 @@ def parse(spec) -> tuple[Storage, list[Policy], Plan | None]:
 
 
 def terms(spec: str) -> list[tuple[str, dict]]:
-    """Split a spec into (method name, parameters) pairs."""
-    try:
-        tree = ast.parse(spec.strip(), mode="eval").body
-        out = []
-        while True:
-            tree, node = (tree.left, tree.right) if _is_sum(tree) else (None, tree)
-            name = node.func.id if isinstance(node, ast.Call) else node.id
-            call = node if isinstance(node, ast.Call) else None
-            if call and (call.args or any(k.arg is None for k in call.keywords)):
+    """Split a spec into (method name or path, parameters) pairs."""
+    out = []
+    for term in re.split(r"\+(?![^(]*\))", spec):
+        match = re.fullmatch(r"\s*([^()+\s]+)\s*(?:\((.*)\))?\s*", term, re.S)
+        try:
+            call = ast.parse(f"f({match[2] or ''})", mode="eval").body
+            if not isinstance(call, ast.Call) or call.args or any(k.arg is None for k in call.keywords):
                 raise ValueError
-            out.insert(0, (name, {k.arg: ast.literal_eval(k.value) for k in call.keywords} if call else {}))
-            if tree is None:
-                return out
-    except (SyntaxError, ValueError, AttributeError):
-        raise ValueError(f"cannot read {spec!r}; write for example streamingllm(budget=512)+kivi(bits=2)") from None
-
-
-def _is_sum(node) -> bool:
-    return isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add)
+            out.append((match[1], {k.arg: ast.literal_eval(k.value) for k in call.keywords}))
+        except (SyntaxError, ValueError, TypeError, AttributeError, RecursionError, MemoryError):
+            example = "streamingllm(budget=512)+kivi(bits=2)"
+            raise ValueError(f"cannot read {spec!r}; write for example {example}") from None
+    return out
 
 
 def _terms(spec: str) -> list[Method]:
