@@ -1,0 +1,146 @@
+"""Share one budget among the layers by how widely and how restlessly each one attends.
+
+Paper: CAKE: Cascading and Adaptive KV Cache Eviction with Layer Preferences, arXiv 2503.12491
+Axis: layer, token
+Idea: A layer whose attention is spread out (high entropy) and moves from query to query (high variance) needs more
+    entries than one that stares at a few. A layer's share is its preference over the sum of all; as the sum grows with
+    every layer that has been read, earlier layers are trimmed again, so that the whole never outgrows the budget.
+Stores: under layer l b_l + window entries per KV head in the storage's form, and the token number of each, int32; KV
+    heads of a layer keep equally many, but different tokens. While a prompt is being read also an eviction indicator
+    per entry, fp32. Numbers per layer and sequence: preference and budget.
+Bytes: the budgets b_l of all L layers add up to C = (budget - window) * L, or to all there is if that is less. Under
+    `full`, after a prompt: held = S_l * Hkv * (2 * D * itemsize + 4) for layer l with S_l = n_l + max(16, n_l // 16)
+    slots, n_l = b_l + window; the n_l are budget on average.
+Acts: the prompt is read exactly, so the first generated token sees all of it. In its last pass, after every layer l,
+    layers 0..l are cut to their shares (cascading=False: all layers once, after the last one). Then every step attends
+    to at most b_l + window + 1 entries and forgets the one that this step's query cares least for. Prompts of at most
+    `budget` tokens are kept whole, bit by bit; what they leave of C is shared equally. When a prompt is read in parts,
+    only the last part has the window, and earlier parts are held by all layers: the cascade bounds the memory of a
+    prompt only if it is read in one part.
+Differs: shares are rounded by divisors (Jefferson's rule): b_l = floor(P_l / x), not below `floor` and not above what
+    there is, with the x that makes the sum exact. The authors' code truncates, spreads what capped layers leave
+    equally, and repairs single slots. Jefferson's rule only ever takes from a layer when others join, so cascade and
+    one-shot keep the same entries, whatever is capped. `floor` is new: a layer with constant attention would get
+    nothing. Nothing is forgotten up to budget tokens (the authors: budget + window). Sequences of a batch get budgets
+    of their own. With policies that renumber, the last queries of a prompt stand where they stood when it was read.
+"""
+
+import torch
+
+from nanokv.cache import Plan, top
+
+
+def allot(weights, total, caps, floor):
+    """Return integers within [floor, cap] in proportion to weights that add up to total, or all caps if that is less.
+
+    They are floor(weight / x) for one x, clamped; slots that several layers have an equal right to go to the earlier.
+    """
+    if sum(caps) <= total:
+        return list(caps)
+    largest = max(weights)
+    weights = [w / largest for w in weights] if largest > 0 else [1.0] * len(weights)
+
+    def shares(x):
+        return [min(cap, max(floor, int(w / x))) for w, cap in zip(weights, caps, strict=True)]
+
+    low, high = 0.0, 2.0
+    for _ in range(100):
+        x = (low + high) / 2
+        low, high = (low, x) if sum(shares(x)) <= total else (x, high)
+    out = shares(high)
+    for _ in range(total - sum(out)):
+        open_ = [i for i, n in enumerate(out) if n < caps[i]]
+        out[max(open_, key=lambda i: (weights[i] / (out[i] + 1), -i))] += 1
+    return out
+
+
+def smooth(score, among, kernel=5):
+    """Average score (B, Hkv, N) over `kernel` neighbours among the entries of `among`, zeros beyond both ends."""
+    order = torch.argsort(~among, dim=-1, stable=True)  # entries in question first, oldest to newest, without gaps
+    line = torch.where(among, score, 0.0).gather(-1, order)
+    line = torch.avg_pool1d(line, kernel, stride=1, padding=kernel // 2)
+    return torch.zeros_like(score).scatter_(-1, order, line)
+
+
+class CAKE(Plan):
+    """Layer budgets from attention. budget: entries per KV head and layer, on average; window: newest entries, which
+    are kept and whose queries decide; gamma: weight of the variance in an entry's indicator; tau1, tau2: temperatures
+    of entropy and variance; floor: entries that every layer gets; cascading: trim earlier layers after each layer.
+    """
+
+    waits = needs_probs = True
+
+    def __init__(self, budget: int = 512, window: int = 32, gamma: float = 200.0, tau1: float = 1.0, tau2: float = 1.0,
+                 floor: int = 16, cascading: bool = True):  # fmt: skip
+        for name, value, ok, what in (
+            ("window", window, window >= 2, "at least 2, for a variance"),
+            ("budget", budget, budget > window, f"above the window, {window}"),
+            ("gamma", gamma, gamma >= 0, "at least 0"),
+            ("floor", floor, floor >= 0, "at least 0"),
+            ("tau1 and tau2", (tau1, tau2), tau1 > 0 and tau2 > 0, "above 0"),
+        ):
+            if not ok:
+                raise ValueError(f"cake: {name} must be {what}, got {value}")
+        self.past, self.window, self.observes = budget - window, window, window
+        self.gamma, self.tau1, self.tau2, self.cascading = gamma, tau1, tau2, cascading
+        self.floor = min(floor, self.past)
+
+    def most(self, prompt, new):
+        return min(prompt + new, self.past + self.window)
+
+    def __call__(self, cache, q, pos):
+        if cache.phase == "last":
+            self._prefer(cache)
+            if self.cascading or cache.layer == cache.config.n_layers - 1:
+                self._share(cache.parent.layers[: cache.layer + 1])
+        elif cache.phase == "decode":
+            budgets = cache.notes.get("budget", [self.past] * cache.B)
+            if any(n > b for n, b in zip(self._stored(cache), budgets, strict=True)):
+                p = cache.step_probs[:, :, -1].unflatten(1, (cache.config.n_kv_heads, -1))  # (B, Hkv, G, N)
+                self._keep(cache, smooth(p.mean(2), self._prefix(cache)), budgets)
+
+    def after_prefill(self, cache):
+        for layer in cache.layers:
+            layer.drop_column("indicator")
+
+    def _prefer(self, cache):
+        """Note the layer's preference, entropy^(1/tau1) * variance^(1/tau2), and the indicator of each entry."""
+        prefix, (q, pos) = self._prefix(cache), cache.observed()
+        p = cache.probs(q, pos).nan_to_num(0.0)  # (B, H, W, N); a query none of whose keys lives has no vote
+        p = p.unflatten(1, (cache.config.n_kv_heads, -1)) * prefix[:, :, None, None]  # (B, Hkv, G, W, N)
+        var, mean = torch.var_mean(p, 3, correction=min(1, q.shape[2] - 1))  # (B, Hkv, G, N)
+        entropy = -(p * (p + 1e-10).log()).flatten(1).sum(1)  # (B,)
+        entropy, moving = entropy.clamp(min=0).tolist(), var.flatten(1).sum(1).tolist()
+        both = zip(entropy, moving, strict=True)
+        cache.notes["preference"] = [h ** (1 / self.tau1) * v ** (1 / self.tau2) for h, v in both]
+        cache.column("indicator")
+        cache.set_column("indicator", smooth((mean + self.gamma * var).mean(2), prefix))
+
+    def _share(self, layers):
+        """Cut layers, the first ones of the model, to their shares of the whole, and note these as budgets."""
+        total = self.past * layers[0].config.n_layers
+        stored, shares, rest = [self._stored(c) for c in layers], [], []
+        for b in range(layers[0].B):
+            weights, caps = [c.notes["preference"][b] for c in layers], [n[b] for n in stored]
+            shares.append(allot(weights, total, caps, self.floor))
+            rest.append((total - sum(shares[b])) // len(layers))  # a short text grows into it
+        for i, c in enumerate(layers):
+            budgets = [share[i] for share in shares]
+            if budgets != stored[i]:
+                self._keep(c, c.column("indicator"), budgets)
+            c.notes["budget"] = [n + more for n, more in zip(budgets, rest, strict=True)]
+
+    def _stored(self, cache):
+        """Return the entries before the window, in the fullest KV head of each sequence."""
+        heads = cache.config.n_kv_heads
+        return [max(0, max(cache.counts[i : i + heads]) - self.window) for i in range(0, cache.n_rows, heads)]
+
+    def _prefix(self, cache):
+        """Return which slots hold entries older than the window, bool (B, Hkv, N)."""
+        rank = cache.rank.expand(cache.B, cache.config.n_kv_heads, -1)
+        return (rank >= 0) & (rank <= rank.amax(-1, keepdim=True) - self.window)
+
+    def _keep(self, cache, score, budgets):
+        """Keep the window and, of what is older, the best budgets[b] entries of each KV head of sequence b."""
+        prefix = self._prefix(cache)
+        cache.keep(top(score, torch.tensor(budgets, device=score.device).view(-1, 1, 1), prefix) | ~prefix)
