@@ -15,6 +15,7 @@ import math
 import os
 import re
 import secrets
+import select
 import sys
 import threading
 import time
@@ -260,8 +261,20 @@ def spec(chosen: list, defaults: bool = False) -> str:
     out = []
     for info, given in chosen:
         inside = ", ".join(f"{k}={v!r}" for k, v in ((info.parameters if defaults else {}) | given).items())
-        out.append(f"{info.name}({inside})" if inside else info.name)
+        name = info.source or info.name
+        out.append(f"{name}({inside})" if inside else name)
     return "+".join(out)
+
+
+def someone_writes(stream, patience: float = 2.0) -> bool:
+    """Say whether a pipe or file has something to read, or has ended, within `patience` seconds.
+
+    Scripts and schedulers often leave standard input open and silent; waiting for it would be for ever.
+    """
+    if os.name == "nt" or select.select([stream], [], [], patience)[0]:
+        return True
+    note("nothing comes on standard input, so the built-in prompt is used; --prompt-file - would wait")
+    return False
 
 
 def read_prompt(args: argparse.Namespace) -> str:
@@ -271,7 +284,7 @@ def read_prompt(args: argparse.Namespace) -> str:
     path = args.prompt_file
     waiting = threading.Timer(2, note, ["waiting for a prompt on standard input"])
     try:
-        if path is None and sys.stdin.isatty():
+        if path is None and (sys.stdin.isatty() or not someone_writes(sys.stdin)):
             return PROMPT
         if path in (None, "-"):
             waiting.start()

@@ -332,7 +332,7 @@ class LayerCache:
         self.config, self.rope, self.window = parent.config, parent.rope, parent.config.window(layer)
         self.policies, self.renumbers = parent.policies + ([parent.plan] if parent.plan else []), parent.renumbers
         self.B, self.n_rows, self.storage = 0, 0, None
-        self.notes: dict[str, float] = {}  # numbers that a plan remembers about this layer
+        self.notes: dict[str, list] = {}  # numbers, per sequence, that a plan remembers about this layer
         self.step_probs = None  # fp32 (B, H, T, N) of the decode step under way, where a method `needs_probs`
 
     def _allocate(self, B: int, device) -> None:
@@ -375,10 +375,8 @@ class LayerCache:
     def compress(self, q: Tensor, pos: Tensor) -> None:
         """Let policies forget entries, then let the storage pack what is left. q (B, H, T, D) is not rotated."""
         self._observe(q, pos)
-        if self.window and not self.renumbers:  # no later query can see further back
-            near = self.token > pos[:, -1, None, None] + 1 - self.window
-            if not near.all():
-                self.keep(near)
+        if self.window and not self.renumbers and self.parent.next_position + q.shape[2] > self.window:
+            self.keep(self.token > pos[:, -1, None, None] + 1 - self.window)  # no later query can see further back
         for policy in self.policies:
             policy(self, q, pos)
         if not self.parent.waits:
@@ -585,6 +583,7 @@ class LayerCache:
             self._tail = q[:, :, -self.parent.observes :], pos[..., -self.parent.observes :]
 
     def _next_ranks(self, T: int) -> Tensor:
+        self.rope.reserve(max(self.counts) + T)
         ranks = torch.arange(T, device=self.device)
         if len(set(self.counts)) == 1:
             return (self.counts[0] + ranks).expand(self.B, T)

@@ -18,7 +18,7 @@ def prefill(
     The cache treats the parts as one prompt. `progress` is called with the number of tokens read after each part.
     `pads` are the tokens of padding at the beginning of each sequence.
     """
-    step = min(c for c in (chunk or CHUNK, cache.chunk) if c)
+    step = min(c for c in (chunk or CHUNK, cache.chunk, ids.shape[1]) if c)
     with cache.prompt(ids.shape[1], pads):
         for part in ids.split(step, dim=1):
             logits = model(part, cache, last=True)
@@ -109,7 +109,7 @@ def _check(cache, shortest, n, temperature, top_k, top_p, min_p, repetition_pena
         ("top_k", top_k >= 0, "at least 0"),
         ("top_p", 0 < top_p <= 1, "above 0 and at most 1"),
         ("min_p", 0 <= min_p < 1, "at least 0 and below 1"),
-        ("repetition_penalty", repetition_penalty > 0, "above 0"),
+        ("repetition_penalty", 0.01 <= repetition_penalty <= 100, "from 0.01 to 100"),
     ):
         if not ok:
             raise ValueError(f"{name} must be {what}")
@@ -129,7 +129,7 @@ def sample(logits: Tensor, temperature, top_k, top_p, min_p, repetition_penalty,
     if temperature == 0:
         return int(logits.argmax())
     order = logits.argsort(descending=True, stable=True)
-    p = (logits[order].double() / temperature).softmax(0)
+    p = ((logits[order] - logits.max()).double() / temperature).softmax(0)
     if top_k:
         p[top_k:] = 0
         p /= p.sum()

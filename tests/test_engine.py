@@ -146,3 +146,10 @@ def test_text_is_not_held_back_longer_than_needed():
     tokens = (seen.append(c) or ord(c) for c in "abcabd")
     stream = text(tokens, Letters(), ["abd"])
     assert next(stream) == "abc" and "".join(seen) == "abc"
+
+
+def test_extreme_temperatures_are_safe():
+    m = tiny.model()
+    cold = list(generate(m, KVCache(m), tiny.ids(9)[0], 10, temperature=1e-300, seed=1))
+    assert cold == list(generate(m, KVCache(m), tiny.ids(9)[0], 10))
+    assert len(list(generate(m, KVCache(m), tiny.ids(9)[0], 10, temperature=1e300, seed=1, chunk=10**30))) == 10

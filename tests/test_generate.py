@@ -653,11 +653,18 @@ def test_ctrl_c_while_torch_is_imported_is_quiet(tmp_path):
 
 
 def test_ctrl_c_while_waiting_for_a_pipe_is_quiet(folder):
-    child = start("--model", folder, stdin=subprocess.PIPE)
+    child = start("--model", folder, "--prompt-file", "-", stdin=subprocess.PIPE)
     assert b"waiting for a prompt on standard input" in child.stderr.readline()
     child.send_signal(signal.SIGINT)
     out, err = child.communicate(timeout=60)
     assert (child.returncode, out, err.strip()) == (130, b"", b"")
+
+
+def test_a_pipe_that_stays_silent_does_not_block(folder):
+    child = start("--model", folder, "--max-new-tokens", "2", stdin=subprocess.PIPE)
+    assert b"nothing comes on standard input, so the built-in prompt is used" in child.stderr.readline()
+    assert child.wait(timeout=60) == 0
+    child.stdin.close()
 
 
 @pytest.mark.parametrize("where", [(generate.weights, "load"), (engine, "prefill")])

@@ -159,3 +159,16 @@ def test_rows_of_unequal_length_are_renumbered_each_for_itself():
     for h, n in ((0, 31), (1, 61)):
         one = reference(q[:, 3 * h : 3 * h + 3], k[:, h : h + 1, :n], v[:, h : h + 1, :n], Mask(1, n))
         assert tiny.rms(out[:, 3 * h : 3 * h + 3], one) < 1e-6
+
+
+def test_a_cache_longer_than_the_context_is_refused():
+    with pytest.raises(ValueError, match="budget must be at most the model's context, 512"):
+        KVCache(tiny.model(), "streamingllm(budget=513)")
+    KVCache(tiny.model(), "streamingllm(budget=513,reindex=False)")
+
+
+def test_positions_past_the_context_have_their_angles():
+    m = tiny.model(context=32)
+    cache = KVCache(m, [StreamingLLM(budget=32), Policy()])
+    tiny.feed(m, cache, tiny.ids(200), 7)
+    assert tiny.steps(m, cache, tiny.ids(50)).isfinite().all()

@@ -22,7 +22,7 @@ Differs: shares are rounded by divisors (Jefferson's rule): b_l = floor(P_l / x)
     equally, and repairs single slots. Jefferson's rule only ever takes from a layer when others join, so cascade and
     one-shot keep the same entries, whatever is capped. `floor` is new: a layer with constant attention would get
     nothing. Nothing is forgotten up to budget tokens (the authors: budget + window). Sequences of a batch get budgets
-    of their own. With policies that renumber, the last queries of a prompt stand where they stood when it was read.
+    of their own.
 """
 
 import torch

@@ -32,6 +32,10 @@ class StreamingLLM(Policy):
         self.padded = not reindex  # where a part of the prompt ends decides what its tokens see
         self.chunk = max(1, (budget - n_sink) // 4) if reindex else None
 
+    def check(self, config):
+        if self.renumbers and self.budget > config.context:
+            raise ValueError(f"streamingllm: budget must be at most the model's context, {config.context}")
+
     def most(self, prompt, new):
         return min(prompt + new, self.budget)
 
