@@ -1,8 +1,11 @@
 """What several test files share."""
 
 import functools
+import os
 import sys
 from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two processes share two cores; before torch is imported
 
 import pytest
 

@@ -358,7 +358,7 @@ def test_merging_is_refused_where_it_cannot_be_stored():
     with pytest.raises(NotImplementedError, match="merge merges entries, and kivi cannot overwrite"):
         KVCache(m, [Merge(), methods_by_name("kivi")()])
     with pytest.raises(NotImplementedError, match="no single position"):
-        KVCache(m, [Merge(), methods_by_name("streamingllm")()])
+        KVCache(m, [Merge(), methods_by_name("streamingllm")(budget=100)])
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 16, 33, 100])
