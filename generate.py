@@ -11,11 +11,13 @@ Progress, notes, the closing table and errors go to standard error. Exit codes: 
 import argparse
 import ast
 import inspect
+import json
 import math
 import os
 import re
 import secrets
 import select
+import signal
 import sys
 import threading
 import time
@@ -33,6 +35,7 @@ try:
     import weights
     from nanokv import engine
     from nanokv.cache import KVCache
+    from nanokv.chat import Beside, Conversation
     from nanokv.methods import available, find, terms
     from nanokv.methods import parse as construct
 except KeyboardInterrupt:  # importing torch takes a second or two
@@ -103,8 +106,8 @@ HEAT = number(float, "0 or from 0.001 to 1000", lambda x: x == 0 or 0.001 <= x <
 FACTOR = number(float, "from 0.01 to 100", lambda x: 0.01 <= x <= 100)
 
 
-def build_parser() -> Parser:
-    """Return the parser; the flags of methods come from their constructors."""
+def build_parser(own=()) -> Parser:
+    """Return the parser; the flags of methods come from their constructors, those of a user's `own` files too."""
     about = "Generate text with a compressed KV cache. The text goes to standard output, all else to standard error. "
     about += "Without a prompt, standard input is read if it is piped, else a built-in prompt is used."
     p = Parser(prog="generate.py", allow_abbrev=False, description=about)
@@ -120,6 +123,9 @@ def build_parser() -> Parser:
         help="instead of --budget: budget = max(1, floor(R * prompt tokens + 0.5)) entries per KV head")  # fmt: skip
     add("--list-methods", action="store_true", help="show all methods and leave")
     add("--explain", metavar="METHOD", help="show what a method does and leave")
+    add("--save-cache", metavar="FILE", help="write the cache to a file at the end")
+    add("--load-cache", metavar="FILE", help="go on from a saved cache, with the method it was made by")
+    add("--compare", action="store_true", help="run the full cache beside, and say where the predictions part")
     group = p.add_argument_group("prompt")
     add = group.add_mutually_exclusive_group().add_argument
     add("--prompt", metavar="TEXT", help="what to say to the model")
@@ -138,7 +144,9 @@ def build_parser() -> Parser:
     add("--seed", type=SEED, metavar="N", help="for temperatures above 0 (default: a new one, shown at the end)")
     add("--stop", action="append", default=[], metavar="STR", help="end before this text; may be given several times")
     add("--ignore-eos", action="store_true", help="do not end where the model would")
-    add_method_flags(p)
+    add("--chat", action="store_true", help="talk in turns over one cache; /reset, /cache and /save FILE, Ctrl-D ends")
+    add("--json", action="store_true", help="write one JSON object with the text and all measurements, and no table")
+    add_method_flags(p, [*available(), *own])
     return p
 
 
@@ -147,11 +155,11 @@ def flag(parameter: str) -> str:
     return "--" + parameter.replace("_", "-")
 
 
-def add_method_flags(parser: Parser) -> None:
+def add_method_flags(parser: Parser, infos: list) -> None:
     """Add a flag for every parameter of any method's constructor; its help names the methods and their defaults."""
     add = parser.add_argument_group("parameters of methods", "with the methods that have them").add_argument
     defaults: dict[str, dict] = {}  # parameter -> method -> default
-    for info in available():
+    for info in infos:
         for name, default in info.parameters.items():
             defaults.setdefault(name, {})[info.name] = default
     for name, of in sorted(defaults.items()):
@@ -162,9 +170,19 @@ def add_method_flags(parser: Parser) -> None:
             add(flag(name), dest="parameter " + name, default=None, help=help.replace("%", "%%"), **look)
 
 
+def own_methods(argv) -> list:
+    """Return the methods that --method names by the path of a file; what is wrong with them is said later."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--method", default="full")
+    with suppress(ValueError, SystemExit):
+        return [find(name) for name, _ in terms(first.parse_known_args(argv)[0].method) if name.endswith(".py")]
+    return []
+
+
 def parse(argv=None) -> argparse.Namespace:
     """Read the command line; the methods' parameters that were given end up in `parameters`, as text or bool."""
-    argv, parser = sys.argv[1:] if argv is None else argv, build_parser()
+    argv = sys.argv[1:] if argv is None else argv
+    parser = build_parser(own_methods(argv))
     # --n_sink is --n-sink; what follows "=" and what is no flag stays as it is
     argv = [re.sub(r"^--[\w-]+(?==|\Z)", lambda m: m[0].replace("_", "-"), a) for a in argv]
     args = parser.parse_args(argv)
@@ -196,11 +214,20 @@ def plan(args: argparse.Namespace) -> Job:
         chosen = choose(args.method, args.parameters)
         by_ratio = [] if args.ratio is None else leave_to_ratio(chosen, args)
         construct(spec(chosen))
+    if args.load_cache and (args.method != "full" or args.parameters or args.ratio):
+        raise Wrong("--load-cache brings its own method, so --method, --ratio and their parameters do not go with it")
+    if args.chat and (args.json or args.compare or args.raw or args.ratio or args.prompt or args.prompt_file):
+        raise Wrong("--chat does not go with --json, --compare, --raw, --ratio, --prompt and --prompt-file")
+    if args.load_cache and args.compare:
+        raise Wrong("--compare needs the whole text, which a loaded cache does not tell")
+    for path in filter(None, [args.save_cache]):
+        if os.path.isdir(path) or not os.path.isdir(os.path.dirname(os.path.abspath(path))):
+            raise Wrong(f"cannot write {path}: it is a folder, or its folder does not exist")
     if args.raw and args.system is not None:
         raise Wrong("--system needs the chat template, which --raw leaves out")
     if "" in args.stop:
         raise Wrong("--stop must not be empty")
-    prompt = read_prompt(args)
+    prompt = "(a conversation)" if args.chat else read_prompt(args)
     if not prompt.strip():
         raise Wrong("the prompt is empty")
     for text in (prompt, args.system or "", *args.stop):
@@ -271,7 +298,10 @@ def someone_writes(stream, patience: float = 2.0) -> bool:
 
     Scripts and schedulers often leave standard input open and silent; waiting for it would be for ever.
     """
-    if os.name == "nt" or select.select([stream], [], [], patience)[0]:
+    try:
+        if os.name == "nt" or select.select([stream], [], [], patience)[0]:
+            return True
+    except (OSError, ValueError, TypeError):  # no file of the system's: reading will tell
         return True
     note("nothing comes on standard input, so the built-in prompt is used; --prompt-file - would wait")
     return False
@@ -318,6 +348,9 @@ class Result:
     cache: KVCache
     n_prompt: int
     seed: int | None
+    begun: int = 0  # tokens that a loaded cache held already
+    beside: Beside | None = None  # the full cache, with --compare
+    text: str = ""
     tokens: list = field(default_factory=list)
     first: float = 0.0
     decoding: float = 0.0  # of all tokens but the first
@@ -332,12 +365,14 @@ class Result:
         if len(self.tokens) == self.job.args.max_new_tokens:
             return "--max-new-tokens"
         # Before the end of a text was chosen the last token had been read; a full context leaves it unread.
-        read = self.cache.next_position - self.n_prompt
+        read = self.cache.next_position - self.begun - self.n_prompt
         return "the end of the text" if read == len(self.tokens) else "a full context"
 
 
-def encode(job: Job, tokenizer) -> list[int]:
-    """Return the prompt's token ids, in the chat template unless told otherwise."""
+def encode(job: Job, model, tokenizer, cache: KVCache | None = None) -> list[int]:
+    """Return the prompt's token ids, in the chat template unless told otherwise; after `cache`, if that holds text."""
+    if cache is not None and cache.next_position and not job.args.raw and tokenizer.template is not None:
+        return Conversation(model, tokenizer, cache, job.args.system).ids(job.prompt)
     if job.args.raw or tokenizer.template is None:
         if job.args.system is not None:
             raise Wrong("this model has no chat template, which --system needs")
@@ -354,30 +389,108 @@ def budget(ratio: float, n_prompt: int) -> int:
     return max(1, math.floor(ratio * n_prompt + 0.5))
 
 
+def open_cache(job: Job, model, n_prompt: int = 0) -> KVCache:
+    """Return the cache to begin with: a saved one, or an empty one of the chosen methods."""
+    if job.args.load_cache:
+        with refusing(ValueError, NotImplementedError, OSError, because=f" (--load-cache {job.args.load_cache})"):
+            return KVCache.load(job.args.load_cache, model)
+    for parameters in job.by_ratio:
+        parameters["budget"] = budget(job.args.ratio, n_prompt)
+    because = f" (--ratio {job.args.ratio:g} of {n_prompt} prompt tokens)" if job.by_ratio else ""
+    with refusing(ValueError, NotImplementedError, because=because):
+        return KVCache(model, spec(job.chosen))
+
+
 def run(job: Job, model, tokenizer) -> Result:
     """Generate, writing the text to standard output piece by piece."""
-    args, ids = job.args, encode(job, tokenizer)
-    for parameters in job.by_ratio:
-        parameters["budget"] = budget(args.ratio, len(ids))
-    because = f" (--ratio {args.ratio:g} of {len(ids)} prompt tokens)" if job.by_ratio else ""
-    with refusing(ValueError, NotImplementedError, because=because):
-        cache = KVCache(model, spec(job.chosen))
+    args = job.args
+    cache = open_cache(job, model) if args.load_cache else None
+    ids = encode(job, model, tokenizer, cache)
+    cache = cache or open_cache(job, model, len(ids))
     seed = None if args.temperature == 0 else secrets.randbits(32) if args.seed is None else args.seed
-    result = Result(job, cache, len(ids), seed)
+    result = Result(job, cache, len(ids), seed, cache.next_position, Beside(model) if args.compare else None)
     with reading_bar(len(ids)) as progress:
         tokens = engine.generate(
             model, cache, ids, args.max_new_tokens, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
             min_p=args.min_p, repetition_penalty=args.repetition_penalty, seed=seed,
-            stop=() if args.ignore_eos else tokenizer.eos, chunk=args.chunk, progress=progress,
+            stop=() if args.ignore_eos else tokenizer.eos, chunk=args.chunk, progress=progress, watch=result.beside,
         )  # fmt: skip
         try:
             for piece in engine.text(timed(tokens, result), tokenizer, args.stop):
-                write(piece)
+                result.text += piece
+                write("" if args.json else piece)
         except KeyboardInterrupt:
             if not result.tokens:
                 raise
             result.interrupted = True
+    if args.save_cache and not result.interrupted:
+        read = cache.next_position - result.begun - len(ids)
+        for token in result.tokens[read:]:  # the last one was not needed until now
+            model(torch.tensor([[token]], device=job.device), cache, last=True)
+        save(cache, args.save_cache)
     return result
+
+
+def save(cache: KVCache, path: str) -> None:
+    """Write a cache to a file, or say in one line why not."""
+    with refusing(OSError, NotImplementedError, because=f" (--save-cache {path})"):
+        cache.save(path)
+
+
+def talk(job: Job, model, tokenizer) -> int:
+    """Hold a conversation: a line of standard input is a message, the cache lives on across turns."""
+    args, stdin = job.args, sys.stdin
+    if tokenizer.template is None:
+        raise Wrong("this model has no chat template, which --chat needs")
+    cache = open_cache(job, model)
+    chat = Conversation(model, tokenizer, cache, args.system)
+    while True:
+        if stdin.isatty():
+            print("\n> ", end="", file=sys.stderr, flush=True)
+        line = stdin.readline()
+        message = line.strip()
+        if not line:
+            break
+        if message == "/reset":
+            cache.reset()
+            chat.unread = []
+        elif message == "/cache":
+            total, full = cache.ledger()["total"], cache.next_position
+            note(f"{full:,} tokens read, {size(total['held'])} held, {compare(total['full'], total['held'])}")
+        elif message.startswith("/save "):
+            chat.settle()
+            save(cache, message.removeprefix("/save ").strip())
+        elif message.startswith("/"):
+            note(f"{message.split()[0]} is no command; there are /reset, /cache and /save FILE")
+        elif message:
+            options = {k: getattr(args, k) for k in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")}
+            reply = chat.say(message, args.max_new_tokens, seed=args.seed, chunk=args.chunk,
+                             stop=() if args.ignore_eos else tokenizer.eos, **options)  # fmt: skip
+            try:
+                with refusing(ValueError, NotImplementedError):
+                    for piece in engine.text(patient(reply), tokenizer, args.stop):
+                        write(piece)
+            except Wrong as e:  # the context is full: the conversation ends only if its user wants it to
+                note(f"{e}; /reset begins anew")
+            reply.close()
+            write("\n")
+    if args.save_cache:
+        chat.settle()
+        save(cache, args.save_cache)
+    return 0
+
+
+def patient(tokens):
+    """Pass tokens on; Ctrl-C ends the reply after the token under way, so that no layer of the cache is left behind."""
+    stopped = []
+    previous = signal.signal(signal.SIGINT, lambda *_: stopped.append(True))
+    try:
+        for token in tokens:
+            yield token
+            if stopped:
+                return
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 def timed(tokens, result: Result):
@@ -422,7 +535,10 @@ def reading_bar(total: int):
 
 
 def report(result: Result) -> None:
-    """Show what the run cost, on standard error."""
+    """Show what the run cost, on standard error, or with --json all there is to say, on standard output."""
+    if result.job.args.json:
+        write(json.dumps(as_json(result)) + "\n")
+        return
     if sys.stdout.isatty():
         write("\n")
     table = Table(show_header=False, box=box.ROUNDED)
@@ -443,7 +559,7 @@ def measure(result: Result) -> dict[str, str]:
     total, peak = result.cache.ledger()["total"], peak_memory(job.device)
     sampling = "greedy" if result.seed is None else f"temperature {args.temperature:g}, seed {result.seed}"
     rows = {
-        "method": spec(job.chosen, defaults=True),
+        "method": result.cache.spec if args.load_cache else spec(job.chosen, defaults=True),
         "model": args.model,
         "prompt tokens": f"{result.n_prompt:,}",
         "new tokens": f"{n:,}, {sampling}, ended by {result.ended}",
@@ -455,9 +571,31 @@ def measure(result: Result) -> dict[str, str]:
         "peak memory": f"{size(peak)} ({'GPU tensors' if job.device.type == 'cuda' else 'process'})" if peak else "-",
         "dtype, device": f"{str(job.dtype).removeprefix('torch.')}, {job.device}, {torch.get_num_threads()} threads",
     }
+    if result.beside and result.beside.kl:
+        kl, same, parted = result.beside.kl, result.beside.same, result.beside.parted
+        where = "greedy text is the same" if parted is None else f"greedy text parts at new token {parted + 1}"
+        rows["against full"] = (
+            f"KL {sum(kl) / len(kl):.4f} nats, top token the same {sum(same) / len(same):.1%}, {where}"
+        )
     if total["constants"]:
         rows["constants"] = f"{size(total['constants'])} derived from the model, not part of the cache"
     return rows
+
+
+def as_json(result: Result) -> dict:
+    """Return everything about a run; times in seconds, memory in bytes."""
+    job, n = result.job, len(result.tokens)
+    out = {
+        "text": result.text, "tokens": result.tokens, "method": result.cache.spec, "model": job.args.model,
+        "prompt_tokens": result.n_prompt, "new_tokens": n, "ended_by": result.ended, "seed": result.seed,
+        "time_to_first_token": result.first if n else None,
+        "tokens_per_second": (n - 1) / result.decoding if n > 1 else None,
+        "ledger": result.cache.ledger()["total"], "peak_memory": peak_memory(job.device),
+        "dtype": str(job.dtype).removeprefix("torch."), "device": str(job.device), "threads": torch.get_num_threads(),
+    }  # fmt: skip
+    if result.beside:
+        out["compare"] = {"kl": result.beside.kl, "same_top_token": result.beside.same, "parted": result.beside.parted}
+    return out
 
 
 def size(n: int) -> str:
@@ -552,6 +690,8 @@ def command(argv) -> int:
         torch.set_num_threads(args.threads)
     with refusing(weights.LoadError):
         model, tokenizer = weights.load(args.model, job.dtype, job.device, args.revision, sys.stderr.isatty())
+    if args.chat:
+        return talk(job, model, tokenizer)
     result = run(job, model, tokenizer)
     report(result)
     return 130 if result.interrupted else 0

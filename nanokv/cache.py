@@ -226,6 +226,7 @@ class Storage(Method):
     """Represent entries. One object per layer; `self.cache` is its LayerCache, set before the first `store`."""
 
     writable = False  # entries can be overwritten, which merging needs
+    derived = ()  # attributes that `reset` makes from the model alone: shared by caches, not saved
 
     def bind(self, cache: LayerCache) -> Storage:
         """Return a copy without entries that belongs to `cache`."""

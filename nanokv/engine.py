@@ -53,12 +53,14 @@ def generate_batch(
     stop: Iterable[int] = (),
     chunk: int | None = None,
     progress: Callable | None = None,
+    watch: Callable | None = None,
 ) -> Iterator[list[int | None]]:
     """Continue several prompts together; yield per step one token for each, None for those that have ended.
 
     Each sequence gets what it would get alone (a method that cannot promise this refuses prompts of unequal lengths).
     temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 switch those filters off; with a seed, every sequence draws as
-    it would alone. Raises ValueError for an empty or too long prompt and for options out of range.
+    it would alone. `watch` is called after every pass with the ids that were read (B, T), padding included, and the
+    logits that follow them (B, vocab). Raises ValueError for an empty or too long prompt and for options out of range.
     """
     longest = max(map(len, prompts), default=0)
     _check(cache, min(map(len, prompts), default=0), longest, temperature, top_k, top_p, min_p, repetition_penalty)
@@ -76,6 +78,8 @@ def generate_batch(
             if not cache.renumbers and cache.next_position >= cache.config.context:
                 return
             logits = model(ids, cache, last=True)[:, -1]
+        if watch:
+            watch(ids, logits)
         tokens = []
         for b, row in enumerate(logits):
             token = sample(row, temperature, top_k, top_p, min_p, repetition_penalty, seen[b], draws[b])

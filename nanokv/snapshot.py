@@ -117,7 +117,8 @@ def _encode(value, name: str, tensors: dict):
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if type(value).__module__.startswith("nanokv."):  # Rows, storages and the parts that they are made of
-        parts = {k: v for k, v in vars(value).items() if k not in ("cache", "parameters", "name", "source")}
+        known = ("cache", "parameters", "name", "source", *getattr(value, "derived", ()))
+        parts = {k: v for k, v in vars(value).items() if k not in known}
         return {"object": {k: _encode(v, f"{name}.{k}", tensors) for k, v in parts.items()}}
     raise NotImplementedError(f"{name} is a {type(value).__name__}, which a saved cache cannot hold")
 

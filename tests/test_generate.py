@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 
 import generate
 from nanokv import KVCache, engine
+from nanokv.chat import Conversation
 from nanokv.methods import available, find
 
 ROOT = Path(__file__).parent.parent
@@ -376,7 +377,7 @@ def test_flags_change_the_method(cli, loaded):
 
 def test_switches(cli):
     for flags, value in ((["--no-reindex"], "False"), (["--reindex"], "True"), ([], "True")):
-        assert f"reindex={value}" in rows(cli("--method", "streamingllm", *flags)[2])["method"]
+        assert f"reindex={value}" in rows(cli("--method", "streamingllm", "--budget", "32", *flags)[2])["method"]
 
 
 def test_flags_fill_in_what_the_spec_leaves_open():
@@ -661,7 +662,8 @@ def test_ctrl_c_while_waiting_for_a_pipe_is_quiet(folder):
 
 
 def test_a_pipe_that_stays_silent_does_not_block(folder):
-    child = start("--model", folder, "--max-new-tokens", "2", stdin=subprocess.PIPE)
+    flags = "--method", "streamingllm", "--budget", "32", "--max-new-tokens", "2"
+    child = start("--model", folder, *flags, stdin=subprocess.PIPE)
     assert b"nothing comes on standard input, so the built-in prompt is used" in child.stderr.readline()
     assert child.wait(timeout=60) == 0
     child.stdin.close()
@@ -694,3 +696,95 @@ def test_full_disk(folder):
         child = start("--model", folder, "--prompt", "abc", stdout=full)
         _, err = child.communicate(timeout=60)
     assert child.returncode == 2 and re.fullmatch(rb"generate\.py: error: cannot write [^\n]*No space[^\n]*\n", err)
+
+
+# conversations, saved caches, comparison, JSON
+
+
+def chat(monkeypatch, capfd, folder, lines, *argv):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+    code = generate.main(["--model", str(folder), "--chat", "--max-new-tokens", "8", *map(str, argv)])
+    return code, *capfd.readouterr()
+
+
+def test_a_chat_is_one_conversation_over_one_cache(monkeypatch, capfd, folder, loaded):
+    flags = "--method", "kivi", "--residual", "32"
+    code, out, err = chat(
+        monkeypatch, capfd, folder, ["the quick fox", "", "/cache", "again", "/nope", "/reset", "the quick fox"], *flags
+    )
+    model, tokenizer = loaded
+    talk = Conversation(model, tokenizer, KVCache(model, "kivi(residual=32)"))
+    options = {"stop": tokenizer.eos}
+    replies = ["".join(generate.engine.text(talk.say(t, 8, **options), tokenizer)) for t in ("the quick fox", "again")]
+    assert code == 0 and out == "".join(f"{r}\n" for r in [*replies, replies[0]])
+    assert "tokens read" in err and "/nope is no command" in err
+
+
+def test_a_chat_can_be_saved_and_continued(monkeypatch, capfd, folder, tmp_path):
+    whole = chat(monkeypatch, capfd, folder, ["the fox", "again"])[1].splitlines()
+    file = tmp_path / "a.cache"
+    first = chat(monkeypatch, capfd, folder, ["the fox", f"/save {file}"])[1].splitlines()
+    second = chat(monkeypatch, capfd, folder, ["again"], "--load-cache", file)[1].splitlines()
+    assert first + second == whole
+    assert chat(monkeypatch, capfd, folder, ["the fox"], "--save-cache", tmp_path / "b")[0] == 0
+    assert (tmp_path / "b").exists()
+
+
+def test_a_full_context_does_not_end_a_chat(monkeypatch, capfd, folder):
+    code, out, err = chat(monkeypatch, capfd, folder, ["x " * 400, "/reset", "the fox"])
+    assert code == 0 and "/reset begins anew" in err and len(out.splitlines()) == 2
+
+
+def test_saved_text_goes_on_as_if_it_had_not_stopped(cli, tmp_path):
+    file = tmp_path / "cache"
+    whole = cli("--raw", "--ignore-eos", "--max-new-tokens", 10, "--method", "kivi", prompt="the fox")[1]
+    code, first, _ = cli(
+        "--raw", "--ignore-eos", "--max-new-tokens", 5, "--method", "kivi", "--save-cache", file, prompt="the fox"
+    )
+    assert code == 0 and file.exists() and whole.startswith(first)
+    code, out, err = cli("--raw", "--load-cache", file, "--max-new-tokens", 3, prompt="jumps")
+    assert code == 0 and rows(err)["method"].startswith("kivi(bits=2")
+
+
+def test_compare_says_where_predictions_part(cli):
+    same = rows(cli("--compare", "--ignore-eos")[2])["against full"]
+    assert same.startswith("KL 0.0000 nats, top token the same 100.0%") and same.endswith("greedy text is the same")
+    lossy = rows(cli("--compare", "--ignore-eos", "--method", "streamingllm", "--budget", 6, "--n-sink", 1)[2])[
+        "against full"
+    ]
+    assert not lossy.startswith("KL 0.0000")
+
+
+def test_json_holds_the_text_and_everything_measured(cli):
+    text = cli("--ignore-eos")[1]
+    code, out, err = cli("--ignore-eos", "--json", "--compare")
+    data = json.loads(out)
+    assert code == 0 and err == "" and data["text"] == text
+    assert data["new_tokens"] == len(data["tokens"]) == len(data["compare"]["kl"]) == 12
+    assert data["ledger"]["held"] > 0 and data["method"] == "full()" and data["compare"]["parted"] is None
+
+
+def test_a_method_in_a_file_has_flags_too(cli, tmp_path):
+    source = (ROOT / "nanokv" / "methods" / "streamingllm.py").read_text()
+    file = tmp_path / "mine.py"
+    file.write_text(source.replace("n_sink", "anchors"))
+    out = cli("--method", file, "--budget", 9, "--anchors", 2)
+    assert out[0] == 0 and out[1] == cli("--method", "streamingllm", "--budget", 9, "--n-sink", 2)[1]
+    assert f"{file}(budget=9" in rows(out[2])["method"].replace("\n", "")
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--load-cache", "nowhere"], "nowhere"),
+    (["--load-cache", "{damaged}"], "damaged"),
+    (["--load-cache", "{damaged}", "--method", "kivi"], "brings its own method"),
+    (["--load-cache", "{damaged}", "--compare"], "--compare needs the whole text"),
+    (["--save-cache", "no/such/folder/x"], "cannot write"),
+    (["--save-cache", "{folder}"], "cannot write"),
+    (["--chat", "--json"], "--chat does not go with"),
+    (["--method", "{damaged}.py"], "cannot load the method"),
+])  # fmt: skip
+def test_these_are_refused_in_one_line(cli, tmp_path, argv, words):
+    (tmp_path / "damaged").write_bytes(b"x" * 999)
+    names = {"damaged": tmp_path / "damaged", "folder": tmp_path}
+    code, out, err = cli(*(a.format(**names) for a in argv))
+    assert code == 2 and out == "" and len(err.splitlines()) == 1 and words in err

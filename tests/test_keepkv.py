@@ -387,7 +387,7 @@ def test_what_cannot_hold_a_merged_entry_is_refused():
     with pytest.raises(NotImplementedError, match="keepkv merges entries, and kivi cannot overwrite"):
         KVCache(m, "keepkv+kivi")
     with pytest.raises(NotImplementedError, match="no single position"):
-        KVCache(m, "streamingllm+keepkv")
+        KVCache(m, "streamingllm(budget=100)+keepkv")
     with pytest.raises(NotImplementedError, match="sliding window"):
         KVCache(tiny.model(windows=(64, None)), "keepkv")
 

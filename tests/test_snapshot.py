@@ -126,3 +126,13 @@ def test_a_future_format_is_refused_by_name(m, tmp_path, monkeypatch):
     monkeypatch.setattr("nanokv.snapshot.FORMAT", "1")
     with pytest.raises(ValueError, match="format 2.*reads format 1"):
         KVCache.load(tmp_path / "c", m)
+
+
+def test_what_is_made_from_the_model_is_shared_not_saved(m, tmp_path):
+    cache = KVCache(m, "xquant(group=32,mode='latent')")
+    tiny.feed(m, cache, tiny.ids(70))
+    cache.save(tmp_path / "c")
+    loaded = KVCache.load(tmp_path / "c", m)
+    ours, theirs = (c.layers[0].storage.bases for c in (cache, loaded))
+    assert all(a is b for a, b in zip(ours, theirs, strict=True))
+    assert loaded.ledger() == cache.ledger() and (tmp_path / "c").stat().st_size < 2 * cache.nbytes

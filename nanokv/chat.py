@@ -1,0 +1,70 @@
+"""Conversations over one living cache, and a full cache that runs beside another one for comparison."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from nanokv.cache import KVCache
+from nanokv.engine import generate, prefill
+
+MARK = "\N{WHITE SQUARE}reply\N{WHITE SQUARE}"  # stands for a reply in a template, to find what follows one
+
+
+class Conversation:
+    """Turns that share a cache: what was said stays in it and is never read again.
+
+    Goes on where `cache` stands, so that a saved conversation continues. Each turn ends as a prompt does, which is when
+    most policies act.
+    """
+
+    def __init__(self, model, tokenizer, cache: KVCache, system: str | None = None):
+        self.model, self.tokenizer, self.cache = model, tokenizer, cache
+        self.system = [] if system is None else [{"role": "system", "content": system}]
+        self.unread: list[int] = []  # the last token of a reply that was cut short is not in the cache yet
+
+    def ids(self, text: str) -> list[int]:
+        """Return the tokens to read for a user's next message: what is unread, the end of the last turn, this one."""
+        user = {"role": "user", "content": text}
+        if self.cache.next_position == 0:
+            return self.tokenizer.encode(self.tokenizer.chat([*self.system, user]))
+        before = [*self.system, {"role": "user", "content": "x"}, {"role": "assistant", "content": MARK}]
+        return self.unread + self.tokenizer.encode(self.tokenizer.chat([*before, user]).split(MARK, 1)[1])
+
+    def say(self, text: str, max_new_tokens: int = 200, **options) -> Iterator[int]:
+        """Read a message and yield the tokens of the reply; options as in `generate`. May be left at any token."""
+        ids, start, reply = self.ids(text), self.cache.next_position, []
+        try:
+            for token in generate(self.model, self.cache, ids, max_new_tokens, **options):
+                reply.append(token)
+                yield token
+        finally:
+            if self.cache.next_position > start:
+                self.unread = reply[self.cache.next_position - start - len(ids) :]
+
+    def settle(self) -> None:
+        """Read what is unread, so that the cache holds the whole conversation: before it is saved."""
+        for token in self.unread:
+            self.model(torch.tensor([[token]], device=self.model.embed.weight.device), self.cache, last=True)
+        self.unread = []
+
+
+class Beside:
+    """Run the full cache on the same tokens and note how far the predictions part. Give it as `watch` to `generate`."""
+
+    def __init__(self, model):
+        self.model, self.cache = model, KVCache(model, "full")
+        self.kl: list[float] = []  # nats, KL(full || other), after the prompt and after every token
+        self.same: list[bool] = []  # do both find the same token likeliest?
+
+    def __call__(self, ids: Tensor, logits: Tensor) -> None:
+        """Read ids (1, T) too and compare the prediction with logits (1, vocab)."""
+        exact = prefill(self.model, self.cache, ids)[0].double().log_softmax(-1)
+        other = logits[0].double().log_softmax(-1)
+        self.kl.append(float((exact.exp() * (exact - other)).sum()))
+        self.same.append(bool(exact.argmax() == other.argmax()))
+
+    @property
+    def parted(self) -> int | None:
+        """Return the index of the first new token at which greedy text would part, or None."""
+        return self.same.index(False) if False in self.same else None
