@@ -214,6 +214,8 @@ def plan(args: argparse.Namespace) -> Job:
         chosen = choose(args.method, args.parameters)
         by_ratio = [] if args.ratio is None else leave_to_ratio(chosen, args)
         construct(spec(chosen))
+    if not args.model:
+        raise Wrong("--model is empty")
     if args.load_cache and (args.method != "full" or args.parameters or args.ratio):
         raise Wrong("--load-cache brings its own method, so --method, --ratio and their parameters do not go with it")
     if args.chat and (args.json or args.compare or args.raw or args.ratio or args.prompt or args.prompt_file):
@@ -257,7 +259,7 @@ def read_value(text, default):
     """Turn a flag's text into a Python value; whether its type is right is for the method to say."""
     if isinstance(text, bool) or isinstance(default, str):
         return text
-    with suppress(ValueError, SyntaxError):
+    with suppress(ValueError, SyntaxError, MemoryError, RecursionError):
         return ast.literal_eval(text)
     return text
 
@@ -546,7 +548,8 @@ def report(result: Result) -> None:
     table.add_column(overflow="fold")
     for row in measure(result).items():
         table.add_row(*row)
-    console(sys.stderr).print("", table, sep="\n")
+    with suppress(OSError):  # nobody reads it
+        console(sys.stderr).print("", table, sep="\n")
     if result.ended == "a full context":
         context = result.cache.config.context
         note(f"the text ended because the model's context of {context} tokens is full; methods that renumber positions,"
@@ -627,7 +630,10 @@ def list_methods() -> None:
     for info in available():
         table.add_row(info.name, info.kind, info.axis, "\n".join(parameters_of(info)), info.paper)
     table.columns[0].no_wrap = table.columns[3].no_wrap = True
-    console(sys.stdout).print(table)
+    target = console(sys.stdout)
+    with target.capture() as text:
+        target.print(table)
+    write(text.get())
 
 
 def explain(name: str) -> None:
@@ -654,7 +660,8 @@ def console(stream) -> Console:
 
 def note(message: str) -> None:
     """Tell the user something, in one line on standard error."""
-    print("generate.py:", " ".join(message.split()), file=sys.stderr, flush=True)
+    with suppress(OSError):  # nobody reads it
+        print("generate.py:", " ".join(message.split()), file=sys.stderr, flush=True)
 
 
 def write(text: str) -> None:

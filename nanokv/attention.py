@@ -44,6 +44,11 @@ def _causal(T: int, N: int, dtype, device) -> Tensor:
     return torch.full((T, N), -torch.inf, dtype=dtype, device=device).triu_(N - T + 1)[None, None]
 
 
+def forget_masks() -> None:
+    """Free the masks that the layers of a pass have shared."""
+    _causal.cache_clear()
+
+
 def probs(q: Tensor, k: Tensor, mask: Mask) -> Tensor:
     """Return the attention probabilities of rotated q (B, H, T, D) over k (B, Hkv, N, D): fp32 (B, H, T, N)."""
     B, H, T, D = q.shape
@@ -117,7 +122,7 @@ def ragged(q: Tensor, rows: list, mask: Mask) -> Tensor:
     Hkv = len(rows) // B
     add = mask.additive(q.dtype)
     add = None if add is None else add.expand(B, Hkv, T, -1).flatten(0, 1)  # (R, T, N)
-    q = q.view(B * Hkv, -1, T, D)  # (R, G, T, D)
+    q = q.reshape(B * Hkv, -1, T, D)  # (R, G, T, D)
     out = []
     for r, (k, v) in enumerate(rows):
         see = None if add is None else add[r, :, : len(k)]

@@ -581,7 +581,8 @@ class LayerCache:
         if self.parent.observes and self.phase != "decode":
             if self._tail is not None:
                 q, pos = torch.cat([self._tail[0], q], 2), torch.cat([self._tail[1], pos], -1)
-            self._tail = q[:, :, -self.parent.observes :], pos[..., -self.parent.observes :]
+            n = self.parent.observes
+            self._tail = q[:, :, -n:].clone(), pos[..., -n:].clone()  # not views, which would hold on to the whole pass
 
     def _next_ranks(self, T: int) -> Tensor:
         self.rope.reserve(max(self.counts) + T)
@@ -656,13 +657,15 @@ class KVCache:
         self.layers = [LayerCache(self, i, block.attn) for i, block in enumerate(self.model.layers)]
         self.next_position = 0  # the token index of the next token (padding counted), which is not the stored length
         self.pads: list[int] = []  # tokens of padding before each sequence, where there are any
-        self.phase, self._prompt_left, self._forced = "decode", 0, None
+        self.phase, self._prompt_left, self._forced, self._under_way = "decode", 0, None, False
 
     # What the model calls
 
     def begin(self, ids: Tensor) -> Tensor:
         """Start a pass over ids (B, T) and return their positions (B, T), -1 for padding."""
         B, T = ids.shape
+        if self._under_way:
+            raise RuntimeError("a pass was interrupted, so that layers hold different texts; reset() or load the cache")
         if self._prompt_left:
             self.phase = "prompt" if self._prompt_left > T else "last"
         else:
@@ -672,7 +675,7 @@ class KVCache:
         first = self.layers[0]
         if first.B not in (0, B):
             raise ValueError(f"this cache holds a batch of {first.B}, not {B}; call reset() first")
-        self._new = T
+        self._new, self._under_way = T, True
         if not self.renumbers:
             self.rope.reserve(self.next_position + T)
         pos = torch.arange(self.next_position, self.next_position + T, device=ids.device).expand(B, T)
@@ -692,6 +695,9 @@ class KVCache:
             self.plan.after_prefill(self)
         for layer in self.layers if self.waits else []:
             layer.finish()
+        if self.phase == "last":
+            attention.forget_masks()
+        self._under_way = False
         self.next_position += self._new
         self._prompt_left = max(0, self._prompt_left - self._new)
 
@@ -712,8 +718,12 @@ class KVCache:
         self._prompt_left = total
         try:
             yield self
+            if self._prompt_left:
+                raise ValueError(f"{self._prompt_left} of the {total} tokens declared as a prompt did not come")
         finally:
             self._prompt_left = 0
+            if not self.next_position:
+                self.pads = []
 
     @contextmanager
     def decoding(self):
@@ -731,7 +741,9 @@ class KVCache:
         return copy.deepcopy(self, {id(o): o for o in shared})
 
     def save(self, path) -> None:
-        """Write everything held to a safetensors file, whole or not at all. See nanokv/snapshot.py."""
+        """Write everything held to a safetensors file, whole or not at all. ValueError in the middle of a prompt."""
+        if self._prompt_left or self._under_way:
+            raise ValueError("a cache can be saved when a prompt or a pass has ended, not in the middle of it")
         snapshot.save(self, path)
 
     @classmethod
@@ -767,7 +779,7 @@ class KVCache:
             return out
         constants = {t.untyped_storage().data_ptr() for t in c.storage.constants()}
         held = {}  # storages, so that views are counted once
-        for t in _tensors(c.storage) + _tensors(c.slots):
+        for t in _tensors([c.storage, c.slots, c._tail, c.step_probs]):
             held[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
         out |= c.storage.bytes()
         out["columns"] += c.slots.used()

@@ -31,10 +31,13 @@ def generate(model, cache: KVCache, ids, max_new_tokens: int = 128, **options) -
     """Read the prompt `ids` (a list of token ids) into the cache and yield the tokens that follow, one at a time.
 
     Ends after max_new_tokens, before a token of `stop`, or when the model's context is full (never, where the cache
-    renumbers). The last token yielded has not been read into the cache; pass it first to go on. Options and errors are
-    those of `generate_batch`.
+    renumbers). Unless a stop token ended the text, the last token yielded has not been read into the cache: pass it
+    first to go on. Options and errors are those of `generate_batch`.
     """
-    for (token,) in generate_batch(model, cache, [torch.as_tensor(ids).flatten().tolist()], max_new_tokens, **options):
+    ids = torch.as_tensor(ids)
+    if ids.dim() > 1 and len(ids) != 1:
+        raise ValueError(f"generate continues one prompt, not {len(ids)}; use generate_batch")
+    for (token,) in generate_batch(model, cache, [ids.flatten().tolist()], max_new_tokens, **options):
         yield token
 
 
@@ -57,6 +60,8 @@ def generate_batch(
 ) -> Iterator[list[int | None]]:
     """Continue several prompts together; yield per step one token for each, None for those that have ended.
 
+    With max_new_tokens 0 the prompts are read, and that is all.
+
     Each sequence gets what it would get alone (a method that cannot promise this refuses prompts of unequal lengths).
     temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 switch those filters off; with a seed, every sequence draws as
     it would alone. `watch` is called after every pass with the ids that were read (B, T), padding included, and the
@@ -64,8 +69,10 @@ def generate_batch(
     """
     longest = max(map(len, prompts), default=0)
     _check(cache, min(map(len, prompts), default=0), longest, temperature, top_k, top_p, min_p, repetition_penalty)
-    if max_new_tokens <= 0:
-        return
+    if max_new_tokens < 0 or (chunk is not None and chunk < 1):
+        raise ValueError("max_new_tokens must be at least 0, and chunk at least 1")
+    if bad := [t for p in prompts for t in p if not (isinstance(t, int) and 0 <= t < model.config.vocab)]:
+        raise ValueError(f"a token id must be a whole number from 0 to {model.config.vocab - 1}, got {bad[0]}")
     pads = [longest - len(p) for p in prompts]
     device = model.embed.weight.device
     ids = torch.tensor([[0] * n + list(p) for n, p in zip(pads, prompts, strict=True)], device=device)

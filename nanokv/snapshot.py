@@ -50,6 +50,8 @@ def save(cache, path) -> None:
             f.write(digest)
             f.flush()
             os.fsync(f.fileno())
+        os.umask(mask := os.umask(0))  # a temporary file is private, the saved one is as any other
+        os.chmod(name, 0o666 & ~mask)
         os.replace(name, path)
     except BaseException:
         Path(name).unlink(missing_ok=True)
@@ -70,7 +72,8 @@ def load(cls, path, model):
         raise ValueError(f"{path} was made with another model, or with this one in another dtype")
     cache, state = cls(model, meta["spec"]), json.loads(meta["state"])
     cache.next_position, cache.pads = state["next_position"], state["pads"]
-    cache.rope.reserve(cache.next_position)
+    if not cache.renumbers:
+        cache.rope.reserve(cache.next_position)
     for layer, saved in zip(cache.layers, state["layers"], strict=True):
         if saved:
             _restore_layer(layer, saved, tensors, model.embed.weight.device)

@@ -437,3 +437,82 @@ def test_a_window_is_freed_even_if_a_policy_keeps_less():
     assert min(cache.live_positions(0, 0)) >= 60 - 23
     tiny.steps(m, cache, tiny.ids(60))
     assert min(cache.live_positions(0, 0)) >= 120 - 23
+
+
+def test_an_interrupted_pass_is_noticed():
+    m = tiny.model()
+    cache = KVCache(m)
+    tiny.feed(m, cache, tiny.ids(20))
+    append = cache.layers[1].append
+    cache.layers[1].append = lambda *a: (_ for _ in ()).throw(KeyboardInterrupt)
+    with pytest.raises(KeyboardInterrupt):
+        m(tiny.ids(3), cache)
+    cache.layers[1].append = append
+    with pytest.raises(RuntimeError, match="interrupted"):
+        m(tiny.ids(1), cache)
+    with pytest.raises(ValueError, match="in the middle"):
+        cache.save("nowhere")
+    cache.reset()
+    assert m(tiny.ids(1), cache).isfinite().all()
+
+
+def test_a_prompt_that_does_not_come_whole_is_noticed():
+    m = tiny.model()
+    cache = KVCache(m)
+    with pytest.raises(ValueError, match="60 of the 100 tokens"), cache.prompt(100):
+        m(tiny.ids(40), cache)
+    cache.reset()
+    with pytest.raises(ValueError, match="did not come"), cache.prompt(5, [2]):
+        pass
+    assert cache.pads == []
+
+
+def test_observed_queries_hold_on_to_nothing_else():
+    class Look(Policy):
+        name, observes = "look", 8
+
+    m = tiny.model(n_layers=1)
+    cache = KVCache(m, [Look()])
+    with cache.prompt(300):
+        m(tiny.ids(200), cache)
+        q, pos = cache.layers[0]._tail
+        assert q.untyped_storage().nbytes() == 6 * 8 * 32 * 4
+        row = cache.ledger()["layers"][0]
+        assert row["held"] == row["payload"] + row["unused"] and row["unused"] >= q.nbytes + pos.nbytes
+        m(tiny.ids(100), cache)
+    assert cache.layers[0]._tail is None
+
+
+@pytest.mark.parametrize("spec", [["nope"], [None], None, 5, [5]])
+def test_lists_are_made_of_methods_and_names(spec):
+    m = tiny.model()
+    assert KVCache(m, ["kivi(bits=4)", methods_by_name("h2o")(budget=30)]).spec.startswith("kivi(bits=4")
+    with pytest.raises((ValueError, TypeError), match="nope|not of|not iterable"):
+        KVCache(m, spec)
+
+
+def test_the_package_of_methods_can_be_called_and_imported():
+    import nanokv.methods.kivi as kivi
+
+    assert (
+        nanokv.methods is methods
+        and kivi.KIVI is methods.kivi.KIVI
+        and [i.name for i in methods()] == sorted(i.name for i in methods())
+    )
+
+
+@pytest.mark.parametrize(
+    "spec", ["full", "kivi(residual=32)", "snapkv(budget=40,window=8)", "adakv(budget=40,window=8)"]
+)
+def test_batches_of_long_prompts_in_chunks_and_turns(spec):
+    m = tiny.model()
+    prompts = [tiny.ids(n, seed=n)[0].tolist() for n in (150, 90)]
+    together = list(zip(*nanokv.generate_batch(m, KVCache(m, spec), prompts, 20, chunk=40), strict=True))
+    for prompt, got in zip(prompts, together, strict=True):
+        assert list(got) == list(nanokv.generate(m, KVCache(m, spec), prompt, 20, chunk=40))
+    cache, ones = KVCache(m, spec), [KVCache(m, spec) for _ in (0, 1)]
+    text = tiny.ids(140, batch=2)
+    for part in text.split(70, 1):
+        out = tiny.feed(m, cache, part)
+        for b, one in enumerate(ones):
+            assert tiny.rms(out[b], tiny.feed(m, one, part[b : b + 1])[0]) < 2e-2  # 2-bit codes at an edge may flip

@@ -153,3 +153,19 @@ def test_extreme_temperatures_are_safe():
     cold = list(generate(m, KVCache(m), tiny.ids(9)[0], 10, temperature=1e-300, seed=1))
     assert cold == list(generate(m, KVCache(m), tiny.ids(9)[0], 10))
     assert len(list(generate(m, KVCache(m), tiny.ids(9)[0], 10, temperature=1e300, seed=1, chunk=10**30))) == 10
+
+
+def test_what_is_no_prompt_is_refused():
+    m = tiny.model()
+    for ids, words in (([[1, 2], [3, 4]], "not 2; use generate_batch"), ([101], "from 0 to 100, got 101"), ([-1], "got -1"),
+                       ([1.5], "got 1.5")):  # fmt: skip
+        with pytest.raises(ValueError, match=words):
+            next(generate(m, KVCache(m), ids, 1))
+    with pytest.raises(ValueError, match="chunk at least 1"):
+        next(generate(m, KVCache(m), [1], 1, chunk=0))
+
+
+def test_no_new_tokens_means_reading_the_prompt():
+    m = tiny.model()
+    cache = KVCache(m)
+    assert list(generate(m, cache, tiny.ids(9)[0], 0)) == [] and cache.next_position == 9

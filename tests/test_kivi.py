@@ -253,3 +253,14 @@ def test_what_is_stored_is_at_most_twice_what_lives():
         c = cache.layers[0]
         assert c.size <= 2 * c.n_live + 16 and len(set(c.n_slots)) == 1
         assert c.live.sum() == c.n_live
+
+
+def test_scattered_eviction_does_not_let_it_grow():
+    m = tiny.model(n_layers=1, context=4096)
+    cache = KVCache(m, "h2o(budget=128)+kivi(bits=2)")
+    tiny.feed(m, cache, tiny.ids(300))
+    sizes = []
+    for t in range(900):
+        m(tiny.ids(1, seed=t), cache)
+        sizes.append(cache.layers[0].size)
+    assert cache.layers[0].n_live == 128 and max(sizes) <= 2 * 128 + 2 * 17

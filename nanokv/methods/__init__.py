@@ -1,4 +1,4 @@
-"""Finding methods: one file of this folder is one method, named after the file.
+"""Finding methods: one file of this folder is one method, named after the file. `nanokv.methods()` lists them.
 
 A method file has a header (Paper, Axis, Idea, Stores, Bytes, Acts, Differs) and one class derived from Storage, Policy
 or Plan. The parameters of its constructor are its hyper-parameters, on the command line too. Nothing else registers it.
@@ -10,6 +10,8 @@ import importlib.util
 import inspect
 import pkgutil
 import re
+import sys
+import types
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -117,7 +119,11 @@ def parse(spec) -> tuple[Storage, list[Policy], Plan | None]:
 
     Raises ValueError for what cannot be read, and for two storages or two plans.
     """
-    made = _terms(spec) if isinstance(spec, str) else [spec] if isinstance(spec, Method) else list(spec)
+    made = []
+    for part in [spec] if isinstance(spec, (str, Method)) else list(spec or [None]):
+        if not isinstance(part, (str, Method)):
+            raise ValueError(f"a cache is made of methods or their names, not of {part!r}")
+        made += _terms(part) if isinstance(part, str) else [part]
     kinds = {kind: [m for m in made if isinstance(m, kind)] for kind in (Storage, Policy, Plan)}
     kinds[Policy] = [m for m in kinds[Policy] if not isinstance(m, Plan)]
     for kind in (Storage, Plan):
@@ -135,7 +141,8 @@ def terms(spec: str) -> list[tuple[str, dict]]:
         match = re.fullmatch(r"\s*([^()+\s]+)\s*(?:\((.*)\))?\s*", term, re.S)
         try:
             call = ast.parse(f"f({match[2] or ''})", mode="eval").body
-            if not isinstance(call, ast.Call) or call.args or any(k.arg is None for k in call.keywords):
+            names = [k.arg for k in call.keywords]
+            if call.args or None in names or len(set(names)) < len(names):
                 raise ValueError
             out.append((match[1], {k.arg: ast.literal_eval(k.value) for k in call.keywords}))
         except (SyntaxError, ValueError, TypeError, AttributeError, RecursionError, MemoryError):
@@ -156,3 +163,13 @@ def table() -> str:
         name = f"[{i.name}](nanokv/methods/{i.name}.py)"
         lines.append(f"| {name} | {i.kind} | {i.axis} | {i.header.splitlines()[0]} | {params} |")
     return "\n".join(lines)
+
+
+class _Methods(types.ModuleType):
+    """This package, which can be called as well as imported from."""
+
+    def __call__(self) -> list[Info]:
+        return available()
+
+
+sys.modules[__name__].__class__ = _Methods

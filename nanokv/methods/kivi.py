@@ -86,10 +86,10 @@ class KIVI(Storage):
         rest = live.clone()
         for r, n in enumerate(self.k_old.n):
             rest[r, :n] = live[r, :n].unflatten(0, (-1, self.group)).any(-1).repeat_interleave(self.group)
-        if live.sum() < rest.sum() / 2:
-            return self._requantise(live)
-        if self.cache.phase == "decode" and self.cache.equal and len(set(rest.sum(1).tolist())) > 1:
-            return live | True  # rows are quicker while they are equally long
+        lives, stays = int(live.sum()), rest.sum(1).tolist()
+        even = self.cache.phase != "decode" or not self.cache.equal or len(set(stays)) == 1  # quick rows stay equal
+        if not even or 2 * lives < sum(stays):
+            return self._requantise(live) if 2 * lives < sum(self.cache.n_slots) else live | True
         for old, new in ((self.k_old, self.k_new), (self.v_old, self.v_new)):
             old_mask, new_mask = (live.new_zeros(len(live), max(n)) for n in (old.n, new.n))
             for r, (n, m) in enumerate(zip(old.n, new.n, strict=True)):

@@ -44,7 +44,7 @@ class StreamingLLM(Policy):
             self._evict(cache, self.budget - n_new)
 
     def __call__(self, cache, q, pos):
-        if cache.phase == "last":
+        if cache.phase == "last" or q.shape[2] > 1:
             self._evict(cache, self.budget)
 
     def _evict(self, cache, room):
