@@ -157,8 +157,8 @@ def test_extreme_temperatures_are_safe():
 
 def test_what_is_no_prompt_is_refused():
     m = tiny.model()
-    for ids, words in (([[1, 2], [3, 4]], "not 2; use generate_batch"), ([101], "from 0 to 100, got 101"), ([-1], "got -1"),
-                       ([1.5], "got 1.5")):  # fmt: skip
+    bad = ([[1, 2], [3, 4]], "not 2; use generate_batch"), ([101], "got 101"), ([-1], "got -1"), ([1.5], "got 1.5")
+    for ids, words in bad:
         with pytest.raises(ValueError, match=words):
             next(generate(m, KVCache(m), ids, 1))
     with pytest.raises(ValueError, match="chunk at least 1"):
