@@ -19,6 +19,7 @@ def test_the_table_of_methods_is_made_from_their_headers():
 
 
 def test_paths_in_the_readme_exist():
+    assert "@@" not in README
     for path in re.findall(r"\]\(([^)#:]+)\)", README):
         assert (ROOT / path).exists(), path
 

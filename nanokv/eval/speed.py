@@ -96,11 +96,13 @@ def contestants(model, specs: list[str], peers: list[str]) -> list:
     return [*(Ours(model, s) for s in specs), *(Peer(model, p) for p in peers)]
 
 
-def measure(field: list, contexts: list[int], rounds: int, repeats: int, advance=lambda n=1: None) -> list[dict]:
+def measure(
+    field: list, contexts: list[int], rounds: int, repeats: int, advance=lambda: None, vocab=1000
+) -> list[dict]:
     """Time every contestant at every context; return one record each, times in seconds."""
     out = []
     for n in contexts:
-        ids = torch.randint(0, 1000, (1, n), generator=torch.Generator().manual_seed(n))
+        ids = torch.randint(0, vocab, (1, n), generator=torch.Generator().manual_seed(n))
         prefills, steps = {c.name: [] for c in field}, {c.name: [] for c in field}
         for _ in range(repeats):
             for c in field:
@@ -184,6 +186,8 @@ def main(argv=None) -> int:
     for dtype in args.dtype:
         try:
             model, _ = load(args.model, dtype)
+            for spec in args.methods:
+                KVCache(model, spec)  # what is wrong is said before anything is measured
             field = contestants(model, args.methods, peers)
         except (LoadError, ValueError, NotImplementedError, ImportError) as error:
             print(f"speed: error: {error}", file=sys.stderr)
