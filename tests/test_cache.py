@@ -516,3 +516,18 @@ def test_batches_of_long_prompts_in_chunks_and_turns(spec):
         out = tiny.feed(m, cache, part)
         for b, one in enumerate(ones):
             assert tiny.rms(out[b], tiny.feed(m, one, part[b : b + 1])[0]) < 2e-2  # 2-bit codes at an edge may flip
+
+
+@pytest.mark.parametrize("threads", [2, 4])
+@pytest.mark.parametrize("N", [512, 513, 1023])
+@pytest.mark.parametrize("T", [1, 2])
+def test_a_long_cache_cut_among_threads_gives_the_same(threads, N, T):
+    before = torch.get_num_threads()
+    torch.manual_seed(0)
+    q = torch.randn(1, 9, T, 64)
+    k, v = (torch.randn(3, N + 20, 64)[:, :N].unflatten(0, (1, 3)) for _ in "kv")  # a view with spare slots behind
+    try:
+        torch.set_num_threads(threads)
+        assert tiny.rms(attend(q, k, v, Mask(T, N)), reference(q, k, v, Mask(T, N))) < 1e-6
+    finally:
+        torch.set_num_threads(before)
