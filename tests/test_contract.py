@@ -71,7 +71,7 @@ def test_exact_parameters_equal_the_full_cache(name, m):
 # (b) attention is what `read` says, whatever fast path computes it; for all combinations, ragged and hidden rows too
 
 
-@pytest.mark.parametrize("names", combinations(), ids="+".join)
+@pytest.mark.parametrize("names", list(combinations()), ids="+".join)
 def test_combinations_work_or_refuse_in_words(names, m, record_property):
     """(b), (d), (g), (h): run past every window and group, hold bounds, attend as the reference does over `read`."""
     cache = build(m, names)

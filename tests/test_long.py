@@ -64,7 +64,7 @@ def test_twenty_thousand_tokens_on_a_tiny_model(spec):
     n = 20_000
     m = tiny.model(n_layers=1, n_kv_heads=2, G=1, head_dim=32, context=n + 64)
     cache, token = KVCache(m, spec), torch.tensor([[7]])
-    tiny.feed(m, cache, tiny.ids(20))
+    tiny.feed(m, cache, tiny.ids(20), 10)
     held, memory, process = [], [], psutil.Process()
     for i in range(n):
         logits = m(token, cache)[0, -1]
