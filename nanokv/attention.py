@@ -80,9 +80,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
     B, H, T, D = q.shape
     Hkv = k.shape[1]
     G = H // Hkv
-    if mask.causal and T == mask.N:  # the first part of a prompt: only here the upper triangle is worth skipping
+    if mask.causal and T == mask.N:  # the first part of a prompt: half of the work can be skipped
         heads = [F.scaled_dot_product_attention(q[:, g::G], k, v, is_causal=True) for g in range(G)]
         return torch.stack(heads, 2).view(B, H, T, -1)
+    if mask.causal and T > 16 and q.device.type == "cpu":
+        return _past_and_present(q, k, v)
     add = mask.additive(q.dtype)
     if T <= 16:  # the G queries of a group are rows of one problem
         if add is not None and T > 1:
@@ -90,6 +92,17 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
         return _rows(q.reshape(B, Hkv, G * T, D), k, v, add).view(B, H, T, -1)
     heads = [F.scaled_dot_product_attention(q[:, g::G], k, v, attn_mask=add) for g in range(G)]
     return torch.stack(heads, 2).view(B, H, T, -1)
+
+
+def _past_and_present(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attend causally from the newest entries' queries: to all older entries, and to each other, without any mask."""
+    (B, H, T, D), (_, Hkv, N, _) = q.shape, k.shape
+    past, lse_past = _with_lse(q.reshape(B, Hkv, -1, D), k[:, :, : N - T], v[:, :, : N - T])
+    k, v = k[:, :, N - T :], v[:, :, N - T :]
+    heads = [_with_lse(q[:, g :: H // Hkv], k, v, is_causal=True) for g in range(H // Hkv)]
+    present, lse = (torch.stack(part, 2).view(B, H, T, -1).float() for part in zip(*heads, strict=True))
+    share = torch.sigmoid(lse_past.reshape(B, H, T, 1) - lse)  # of the past in the softmax's denominator
+    return torch.lerp(present, past.reshape(B, H, T, -1).float(), share).to(q.dtype)
 
 
 def _rows(q: Tensor, k: Tensor, v: Tensor, add: Tensor | None) -> Tensor:
@@ -113,7 +126,7 @@ def _rows(q: Tensor, k: Tensor, v: Tensor, add: Tensor | None) -> Tensor:
 
 
 _with_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # also returns the log of the denominator
-SPLIT = 512  # entries from which cutting a cache into parts pays
+SPLIT = 8192  # entries from which cutting a cache into parts pays for its dozen of small operations
 
 
 def ragged(q: Tensor, rows: list, mask: Mask) -> Tensor:

@@ -21,6 +21,7 @@ import copy
 import inspect
 import math
 from contextlib import contextmanager
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -48,12 +49,8 @@ class Rows:
         self.n, self.cap = [0] * n_rows, [0] * n_rows  # slots used and allocated, per row
         self.start = [0] * n_rows  # where each row begins in the flat tensors
         self.skip = 0  # slots at the front of every row that were popped and not yet overwritten
+        self.equal = True  # all rows have the same length, so that they can be seen as one (R, N, ...) tensor
         self.data: dict[str, Tensor] = {}  # field -> (sum of cap, ...)
-
-    @property
-    def equal(self) -> bool:
-        """Say whether all rows have the same length, so that they can be seen as one (R, N, ...) tensor."""
-        return len(set(self.n)) == 1 and len(set(self.cap)) == 1
 
     @property
     def size(self) -> int:
@@ -78,7 +75,7 @@ class Rows:
         """Return a field as (R, N, ...): a view when rows are equal, else a copy padded with zeros."""
         field = self.data[name]
         if self.equal:
-            return field.view(len(self.n), self.cap[0], *field.shape[1:])[:, self.skip : self.skip + self.n[0]]
+            return field.view(len(self.n), self.cap[0], *field.shape[1:]).narrow(1, self.skip, self.n[0])
         out = field.new_zeros(len(self.n), self.size, *field.shape[1:])
         for r, n in enumerate(self.n):
             out[r, :n] = self.row(name, r)
@@ -99,24 +96,26 @@ class Rows:
 
     def append(self, rows=None, **fields: Tensor) -> None:
         """Add T slots to every row (or to those listed in `rows`), each field given as (rows, T, ...)."""
-        first = next(iter(fields.values()))
-        rows = None if rows is not None and len(rows) == len(self.n) else rows
-        T, which = first.shape[1], range(len(self.n)) if rows is None else rows
         for name, value in fields.items():
+            T = value.shape[1]
             if name not in self.data:
                 self.add(name, value.shape[2:], value.dtype, value.device)
-        self.reserve([n + T * (r in which) for r, n in enumerate(self.n)])
-        if rows is None and self.equal:
+        if self.equal and (rows is None or len(rows) == len(self.n)):
+            if self.skip + self.n[0] + T > self.cap[0]:
+                self.reserve([n + T for n in self.n])
             lo = self.skip + self.n[0]
             self.n = [n + T for n in self.n]
             for name, value in fields.items():
                 field = self.data[name]
-                field.view(len(self.n), self.cap[0], *field.shape[1:])[:, lo : lo + T] = value
-        else:
-            for i, r in enumerate(which):
-                self.n[r] += T
-                for name, value in fields.items():
-                    self.row(name, r)[self.n[r] - T :] = value[i]
+                field.view(len(self.n), self.cap[0], *field.shape[1:]).narrow(1, lo, T).copy_(value)
+            return
+        which = range(len(self.n)) if rows is None else rows
+        self.reserve([n + T * (r in which) for r, n in enumerate(self.n)])
+        for i, r in enumerate(which):
+            self.n[r] += T
+            for name, value in fields.items():
+                self.row(name, r)[self.n[r] - T :] = value[i]
+        self._look()
 
     def pop(self, name: str, counts: list[int]) -> list[tuple[list[int], Tensor]]:
         """Remove the first counts[r] slots of each row; return them as (rows, (len(rows), count, ...)) batches."""
@@ -132,9 +131,18 @@ class Rows:
         if len(set(counts)) == 1:  # forget by moving the front, not the data
             self.skip += counts[0]
             self.n = [n - counts[0] for n in self.n]
+            self._look()
         else:
             self._move([n - c for n, c in zip(self.n, counts, strict=True)], None, drop=counts)
         return out
+
+    def slide(self, first: int, gone: int) -> None:
+        """Drop the `gone` slots that follow the `first` ones, by moving these; rows must be equal."""
+        for name in self.data if first else ():
+            x = self[name]
+            x[:, gone : gone + first] = x[:, :first].clone()
+        self.skip += gone
+        self.n = [n - gone for n in self.n]
 
     def keep(self, mask: Tensor) -> None:
         """Drop the slots whose mask (R, N) is False, keeping order; memory shrinks when much is dropped."""
@@ -180,6 +188,10 @@ class Rows:
                     new[start[r] : start[r] + n] = row.clone() if caps is None else row
             self.data[name] = new
         self.n, self.cap, self.start, self.skip = list(counts), list(new_cap), start, 0
+        self._look()
+
+    def _look(self) -> None:
+        self.equal = len(set(self.n)) == 1 and len(set(self.cap)) == 1
 
 
 class Method:
@@ -264,6 +276,10 @@ class Storage(Method):
         """Reclaim what can be reclaimed of the slots that are False in live (R, N); return (R, N) of what remains."""
         raise NotImplementedError
 
+    def slide(self, first: int, gone: int) -> bool:
+        """Reclaim the `gone` slots after the `first` ones of every row at little cost, or return False."""
+        return False
+
     def pack(self) -> None:
         """Compress what is stored; called at the end of every pass, after the policies."""
 
@@ -345,6 +361,7 @@ class LayerCache:
         self.same = True  # every row holds the same tokens
         self._settled = 0  # hidden slots that were left by the last reclaim
         self._tail = None  # the last queries of a prompt under way, and their positions
+        self._at_rest = True  # no pass is between `append` and `finish`, whose slots must stay where they are
         self.storage = self.parent.storage.bind(self)
 
     # What the attention layer calls
@@ -357,7 +374,7 @@ class LayerCache:
         for policy in self.policies:
             policy.before(self, T)
         self._tidy()
-        token = pos
+        self._at_rest, token = False, pos
         if self.renumbers:
             pos = self._next_ranks(T)
         else:
@@ -385,7 +402,7 @@ class LayerCache:
 
     def finish(self) -> None:
         """End this layer's part of a pass: pack, and at the end of a prompt give back what is not needed."""
-        self.step_probs = None
+        self.step_probs, self._at_rest = None, True
         self._tidy()
         self.storage.pack()
         if self.phase == "last":
@@ -467,6 +484,20 @@ class LayerCache:
         if self.phase != "decode":  # in a decode step slots stay where they are until it ends
             self._reclaim()
 
+    def keep_ends(self, first: int, last: int) -> None:
+        """Forget all live entries of every row but the `first` oldest and the `last` newest."""
+        gone = self.n_live - first - max(0, last)
+        if gone <= 0:
+            return
+        if self._at_rest and not self._hidden and self.slots.equal:  # a run of slots goes: no need for a mask
+            self._explicit()
+            if self.storage.slide(first, gone):
+                self.slots.slide(first, gone)
+                self.n_slots, self.counts = list(self.slots.n), list(self.slots.n)
+                return
+        rank = self.rank
+        self.keep((rank < first) | (rank > rank.amax(-1, keepdim=True) - last))
+
     def write(self, index: Tensor, k: Tensor, v: Tensor) -> None:
         """Overwrite the slots index (B, Hkv, M), negative to skip, with k, v (B, Hkv, M, D), k rotated as in `read`."""
         self.storage.write(*(t.flatten(0, 1) for t in (index, k, v)))
@@ -501,7 +532,9 @@ class LayerCache:
     def read(self) -> tuple[Tensor, Tensor]:
         """Return all slots as k, v (B, Hkv, N, D), keys rotated by their position."""
         k, v = self.storage.read()
-        if self.renumbers:
+        if self.renumbers and not self._hidden:
+            k = self.rope(k, slice(0, self.size))
+        elif self.renumbers:
             pos = self.pos[:1, :1] if self.same else self.pos
             k = self.rope(k, torch.where(pos == HIDDEN, 0, pos))
         return k, v
@@ -522,10 +555,8 @@ class LayerCache:
         T, N = pos.shape[-1], self.size
         bias = self._column("bias", 0.0) if "bias" in self.slots.data else None
         plain = newest and bias is None and self.window is None
-        if plain and "token" not in self.slots.data:  # slots are 0..N-1, queries the last T of them
+        if plain and min(self.counts) == N:  # nothing is hidden: queries are the last T of N slots
             return attention.Mask(causal=T > 1, T=T, N=N, device=self.device)
-        if plain and T == 1 and min(self.counts) == N:
-            return attention.Mask(T=T, N=N)
         pos = pos[:, None, :, None] if pos.dim() == 2 else pos[..., None]  # (B, 1 or Hkv, T, 1)
         key = self.pos[:, :, None, :]  # (B, Hkv, 1, N)
         see = key <= pos
@@ -565,16 +596,17 @@ class LayerCache:
         if pads and "token" not in self.slots.data:
             self._explicit()
         self.n_slots = [n + T for n in self.n_slots]
-        hidden = (token < 0).sum(1).tolist() if pads else [0] * B
-        self.counts = [n + T - hidden[r * B // self.n_rows] for r, n in enumerate(self.counts)]
+        hidden = [n for n in (token < 0).sum(1).tolist() for _ in range(self.n_rows // B)] if pads else [0] * self.n_rows
+        self.counts = [n + T - h for n, h in zip(self.counts, hidden, strict=True)]
         self.same &= not pads
+        if not self.fills:
+            return
         new = {n: torch.full((self.n_rows, T), f, dtype=self.slots.data[n].dtype, device=self.device)
                for n, f in self.fills.items()}  # fmt: skip
         if "token" in new:
-            token = torch.where(token < 0, HIDDEN, token).int() if pads else token.int()
-            new["token"] = token.repeat_interleave(self.n_rows // B, 0)
-        if new:
-            self.slots.append(**new)
+            token = torch.where(token < 0, HIDDEN, token) if pads else token
+            new["token"] = token[:, None].expand(B, self.n_rows // B, T).reshape(self.n_rows, T)
+        self.slots.append(**new)
 
     def _observe(self, q: Tensor, pos: Tensor) -> None:
         """Keep the prompt's last queries, un-rotated, across chunks."""
@@ -585,16 +617,17 @@ class LayerCache:
             self._tail = q[:, :, -n:].clone(), pos[..., -n:].clone()  # not views, which would hold on to the whole pass
 
     def _next_ranks(self, T: int) -> Tensor:
-        self.rope.reserve(max(self.counts) + T)
+        n = max(self.counts)
+        self.rope.reserve(n + T)
+        if n == min(self.counts):
+            return _ranks(n, T, self.B, self.device)
         ranks = torch.arange(T, device=self.device)
-        if len(set(self.counts)) == 1:
-            return (self.counts[0] + ranks).expand(self.B, T)
         counts = torch.tensor(self.counts, device=self.device).view(self.B, -1, 1)
         return counts + ranks  # (B, Hkv, T)
 
     @property
     def _hidden(self) -> int:
-        return max(s - c for s, c in zip(self.n_slots, self.counts, strict=True))
+        return 0 if self.n_slots == self.counts else max(s - c for s, c in zip(self.n_slots, self.counts, strict=True))
 
     def _tidy(self) -> None:
         """Reclaim the memory of hidden slots if there are as many new ones as the spare ones we allow ourselves."""
@@ -608,6 +641,11 @@ class LayerCache:
             self.slots.keep(rest)
             self.n_slots = list(self.slots.n)
         self._settled = self._hidden  # what the storage could not let go of
+
+
+@lru_cache(maxsize=1)  # the layers of one pass share it, and with it the angles that RoPE looks up
+def _ranks(n: int, T: int, B: int, device) -> Tensor:
+    return torch.arange(n, n + T, device=device).expand(B, T)
 
 
 class KVCache:

@@ -54,7 +54,13 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)  # x / sqrt(mean(x^2) + eps) * weight
+        n = x.shape[-1]
+        if x.device.type != "cpu":
+            return F.rms_norm(x, (n,), self.weight, self.eps)  # x / sqrt(mean(x^2) + eps) * weight
+        # for CPUs PyTorch has a fused kernel of layer_norm only, which does the same to [x, -x], whose mean is 0
+        return torch.layer_norm(torch.cat([x, -x], -1), (2 * n,), eps=self.eps)[..., :n] * self.weight
+
+    __call__ = forward
 
 
 class RoPE:
@@ -69,7 +75,7 @@ class RoPE:
         inv = 1.0 / config.rope_theta ** (torch.arange(0, D, 2, dtype=torch.int64).float() / D)
         self.inv_freq = _scale_frequencies(inv, config.rope_scaling).to(device)  # (D/2,)
         self._table = None  # cosines and signed sines of positions 0..n-1, (2, n, D)
-        self._last = (None, None, None)
+        self._last = [(None, None, None)] * 2  # what was asked for last, by tensor and by slice
         self.reserve(config.context)
 
     def reserve(self, n: int) -> None:
@@ -80,21 +86,24 @@ class RoPE:
             cos, sin = angle.cos(), angle.sin()
             self._table = torch.stack([torch.cat([cos, cos], 1), torch.cat([-sin, sin], 1)])
 
-    def tables(self, pos: Tensor, dtype=torch.float32) -> tuple[Tensor, Tensor]:
-        """Return the cosines and signed sines of integer positions, (*pos.shape, D) each."""
-        key, dt, out = self._last
-        if key is pos and dt is dtype:  # every layer of one step asks for the same positions
+    def tables(self, pos: Tensor | slice, dtype=torch.float32) -> tuple[Tensor, Tensor]:
+        """Return the cosines and signed sines of integer positions, (B, 1 or Hkv, T, D) each."""
+        range_ = isinstance(pos, slice)
+        if range_:
+            pos = (pos.start, pos.stop)
+        key, dt, out = self._last[range_]
+        if dt is dtype and (key is pos or range_ and key == pos):  # the layers of one step ask for the same positions
             return out
-        out = tuple(self._table[:, pos].to(dtype).unbind(0))
-        self._last = (pos, dtype, out)
+        table = self._table[:, None, None, pos[0] : pos[1]] if range_ else self._table[:, pos]
+        table = table if table.dim() == 5 else table.unsqueeze(2)
+        out = tuple(table.to(dtype).unbind(0))
+        self._last[range_] = (pos, dtype, out)
         return out
 
-    def __call__(self, x: Tensor, pos: Tensor) -> Tensor:
-        """Rotate x (B, H, T, D) by pos, integers (B, T), or (B, Hkv, T) where KV heads differ. x is not changed."""
-        cos, sin = self.tables(pos, x.dtype)  # (B, T, D) or (B, H, T, D)
-        if pos.dim() == 2:
-            cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-        elif 1 < cos.shape[1] < x.shape[1]:  # the query heads of a group share their KV head's positions
+    def __call__(self, x: Tensor, pos: Tensor | slice) -> Tensor:
+        """Rotate x (B, H, T, D) by pos: integers (B, T), (B, Hkv, T) where KV heads differ, or a slice of positions."""
+        cos, sin = self.tables(pos, x.dtype)  # (B, 1 or Hkv, T, D)
+        if 1 < cos.shape[1] < x.shape[1]:  # the query heads of a group share their KV head's positions
             cos, sin = (t.repeat_interleave(x.shape[1] // t.shape[1], 1) for t in (cos, sin))
         # (a, b) -> (a cos - b sin, b cos + a sin) for the halves a and b of x, which rolling by D/2 exchanges
         return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
@@ -122,7 +131,9 @@ class Linear(nn.Linear):
         if x.numel() == x.shape[-1] and x.dtype == torch.bfloat16 and x.device.type == "cpu" and not x.requires_grad:
             y = torch.mv(self.weight, x.view(-1))
             return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], -1)
-        return super().forward(x)
+        return F.linear(x, self.weight, self.bias)
+
+    __call__ = forward
 
 
 class Attention(nn.Module):
@@ -131,8 +142,8 @@ class Attention(nn.Module):
     def __init__(self, c: Config, rope: RoPE):
         super().__init__()
         self.rope = rope
-        self.n_heads, self.n_kv_heads, self.head_dim = c.n_heads, c.n_kv_heads, c.head_dim
-        self.widths = (c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim, c.n_kv_heads * c.head_dim)
+        self.heads, self.head_dim = (c.n_heads, c.n_kv_heads, c.n_kv_heads), c.head_dim
+        self.widths = tuple(n * c.head_dim for n in self.heads)
         self.qkv = Linear(c.hidden, sum(self.widths), bias=c.qkv_bias)
         self.o = Linear(c.n_heads * c.head_dim, c.hidden, bias=c.o_bias)
         self.q_norm = RMSNorm(c.head_dim, c.eps) if c.qk_norm else None
@@ -141,7 +152,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, pos: Tensor, cache) -> Tensor:
         """Attend from x (B, T, E) at positions pos (B, T) to everything `cache` (a LayerCache) remembers."""
         B, T, _ = x.shape
-        q, k, v = (y.view(B, T, -1, self.head_dim).transpose(1, 2) for y in self.qkv(x).split(self.widths, -1))
+        q, k, v = self.qkv(x).view(B, T, -1, self.head_dim).transpose(1, 2).split_with_sizes(self.heads, 1)
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)  # (B, H, T, D), (B, Hkv, T, D)
         pos = cache.append(k, v, x, pos)  # remember
@@ -161,6 +172,8 @@ class SwiGLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x).chunk(2, dim=-1)
         return self.down(F.silu(gate) * up)
+
+    __call__ = forward
 
 
 class Block(nn.Module):

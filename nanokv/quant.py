@@ -1,5 +1,7 @@
 """Uniform quantisation in groups, and packing codes of 2, 4 or 8 bits densely into bytes."""
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -13,10 +15,12 @@ def quantise(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
     at most scale / 2 plus that rounding. A constant group gets scale 1 and codes 0.
     """
     x = x.float()
-    low = x.amin(-1).half()
-    scale = ((x.amax(-1) - low.float()) / (2**bits - 1)).half()
-    scale = torch.where(scale > 0, scale, 1.0)
-    codes = ((x - low.float()[..., None]) / scale.float()[..., None]).round_().clamp_(0, 2**bits - 1)
+    low, high = x.aminmax(dim=-1)
+    low = low.half()
+    base = low.float()
+    scale = ((high - base) / (2**bits - 1)).half()
+    scale = scale.masked_fill_(scale <= 0, 1.0)
+    codes = ((x - base[..., None]) / scale.float()[..., None]).round_().clamp_(0, 2**bits - 1)
     return codes.to(torch.uint8), scale, low
 
 
@@ -40,6 +44,28 @@ def unpack(packed: Tensor, bits: int, dtype=torch.uint8) -> Tensor:
         plane = packed >> (j * bits) if j else packed
         out.select(-3, j).copy_(plane & (2**bits - 1) if j < per - 1 else plane)
     return out.flatten(-3, -2)
+
+
+def planes(packed: Tensor, bits: int) -> Tensor:
+    """Return codes as `unpack` does, in fp32 and where they stand: the j-th run of rows times 2^(bits * j), exactly.
+
+    That is quicker than shifting them down; what is computed from them is multiplied by `unshift`, exactly too.
+    """
+    if bits == 8:
+        return packed.float()
+    return (packed.unsqueeze(-3) & _masks(bits, packed.device)).float().flatten(-3, -2)
+
+
+@lru_cache
+def _masks(bits: int, device) -> Tensor:
+    masks = [(2**bits - 1) << j for j in range(0, 8, bits)]
+    return torch.tensor(masks, dtype=torch.uint8, device=device)[:, None, None]
+
+
+@lru_cache
+def unshift(bits: int, group: int, device) -> Tensor:
+    """Return the factors fp32 (group,) by which `planes` of `group` rows of codes are too large, inverted."""
+    return torch.arange(8 // bits, device=device).mul_(-bits).exp2().repeat_interleave(group * bits // 8)
 
 
 class PerChannel:
@@ -71,10 +97,11 @@ class PerChannel:
 
     def dot(self, q: Tensor) -> Tensor:
         """Return q (R, n, D) @ read().mT as (R, n, t): scales and minima are multiplied into q, not into the codes."""
-        code, scale, low = (self._field(f).float() if f != "code" else self._field(f) for f in ("code", "scale", "low"))
-        codes = unpack(code, self.bits, torch.float32)  # (R, t/g, g, D)
+        scale, low = self._field("scale").float(), self._field("low").float()  # (R, t/g, D)
+        codes = planes(self._field("code"), self.bits)  # (R, t/g, g, D)
         s = (q[:, None] * scale[:, :, None]) @ codes.mT  # (R, t/g, n, g)
-        return (s + (low @ q.mT)[..., None]).transpose(1, 2).flatten(2)
+        s = torch.addcmul((low @ q.mT)[..., None], s, unshift(self.bits, self.group, q.device))
+        return s.transpose(1, 2).flatten(2)
 
     def keep(self, mask: Tensor) -> None:
         """Drop the groups of which no token is kept; mask (R, t)."""
@@ -112,6 +139,11 @@ class PerToken:
                 self._add([r], codes[i : i + 1], scale[i : i + 1], low[i : i + 1])
             return
         at, t = filled.pop(), codes.shape[1]
+        self.stats.append(rows, scale=scale, low=low)
+        if t == 1 and at and len(rows) == len(self.n) and self.codes.equal:  # into the byte where others wait for it
+            j, w = divmod(at, self.group * self.bits // 8)
+            self.codes["code"][:, -1, w] |= codes[:, 0] << (j * self.bits)
+            return
         room = codes.new_zeros(len(rows), -(-(at + t) // self.group) * self.group, codes.shape[2])
         room[:, at : at + t] = codes
         packed = pack(room.unflatten(1, (-1, self.group)), self.bits)  # (rows, groups, g * bits / 8, D)
@@ -119,7 +151,6 @@ class PerToken:
             self.codes.row("code", r)[-1] |= packed[i, 0]
         if packed.shape[1] > (at > 0):
             self.codes.append(rows, code=packed[:, int(at > 0) :])
-        self.stats.append(rows, scale=scale, low=low)
 
     def read(self, r: int | None = None) -> Tensor:
         """Dequantise row r to fp32 (t, D), or all rows, of equal length, to (R, t, D)."""
@@ -129,11 +160,13 @@ class PerToken:
 
     def mix(self, p: Tensor) -> Tensor:
         """Return p (R, n, t) @ read() as (R, n, D): scales and minima are multiplied into p, not into the codes."""
-        codes, scale, low = self._parts()
-        R, n, _ = p.shape
-        s = scale.shape[-1]
-        weighted = p[:, None] * scale.float().permute(0, 2, 1)[:, :, None]  # (R, D/g, n, t)
-        o = (weighted.flatten(1, 2) @ codes).view(R, s, n, s, self.group)  # every scale with every group of channels,
+        low, n_groups = self.stats["low"], self.codes.n[0]
+        (R, n, t), S = p.shape, low.shape[-1]
+        codes = planes(self.codes["code"], self.bits).flatten(1, 2)[:, :t]  # (R, t, D)
+        scale = self.stats["scale"].mT.to(torch.float32, memory_format=torch.contiguous_format)  # (R, D/g, t)
+        scale *= unshift(self.bits, self.group, p.device).repeat(n_groups)[:t]
+        weighted = p[:, None] * scale[:, :, None]  # (R, D/g, n, t)
+        o = (weighted.flatten(1, 2) @ codes).view(R, S, n, S, self.group)  # every scale with every group of channels,
         o = o.diagonal(dim1=1, dim2=3).transpose(2, 3)  # of which its own is wanted: (R, n, D/g, g)
         return (o + (p @ low.float())[..., None]).flatten(2)
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import nanokv
-from nanokv import KVCache, methods
+from nanokv import KVCache, attention, methods
 from nanokv.attention import Mask, attend, probs, ragged, reference
 from nanokv.cache import HIDDEN, Policy, Rows, Storage, spare, top
 from nanokv.methods.full import Full
@@ -521,7 +521,8 @@ def test_batches_of_long_prompts_in_chunks_and_turns(spec):
 @pytest.mark.parametrize("threads", [2, 4])
 @pytest.mark.parametrize("N", [512, 513, 1023])
 @pytest.mark.parametrize("T", [1, 2])
-def test_a_long_cache_cut_among_threads_gives_the_same(threads, N, T):
+def test_a_long_cache_cut_among_threads_gives_the_same(threads, N, T, monkeypatch):
+    monkeypatch.setattr(attention, "SPLIT", 512)
     before = torch.get_num_threads()
     torch.manual_seed(0)
     q = torch.randn(1, 9, T, 64)
@@ -531,3 +532,15 @@ def test_a_long_cache_cut_among_threads_gives_the_same(threads, N, T):
         assert tiny.rms(attend(q, k, v, Mask(T, N)), reference(q, k, v, Mask(T, N))) < 1e-6
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("B,H,Hkv", [(1, 9, 3), (2, 4, 4), (2, 8, 1)])
+@pytest.mark.parametrize("T,N", [(17, 18), (17, 100), (64, 200), (100, 101)])
+def test_a_later_part_of_a_prompt_is_attended_causally_without_a_mask(T, N, B, H, Hkv, dtype):
+    torch.manual_seed(0)
+    q = torch.randn(B, T, H, 32, dtype=dtype).transpose(1, 2)
+    k, v = (torch.randn(B * Hkv, N + 9, 32, dtype=dtype)[:, :N].unflatten(0, (B, Hkv)) for _ in "kv")
+    mask = Mask(T, N, causal=True)
+    # bf16: the two parts and their average are each rounded to 8 bits of mantissa, 2^-9 relative
+    assert tiny.rms(attend(q, k, v, mask).float(), reference(q, k, v, mask)) < (1e-6 if dtype == torch.float32 else 4e-3)

@@ -6,7 +6,8 @@ import torch
 
 from nanokv import KVCache, generate
 from nanokv.attention import Mask, reference
-from nanokv.cache import Policy
+from nanokv.cache import Policy, Storage
+from nanokv.methods.full import Full
 from nanokv.methods.streamingllm import StreamingLLM
 from nanokv.model import RoPE
 
@@ -87,7 +88,8 @@ def test_original_positions_read_the_prompt_exactly_and_mask_the_middle():
 
 
 @pytest.mark.parametrize("spec", ["streamingllm(budget=40)", "streamingllm(budget=40,reindex=False)"])
-def test_attend_equals_the_reference_with_hidden_slots(spec):
+def test_attend_equals_the_reference_with_hidden_slots(spec, monkeypatch):
+    monkeypatch.setattr(Full, "slide", Storage.slide)
     m = tiny.model()
     cache = KVCache(m, spec)
     tiny.feed(m, cache, tiny.ids(100), chunk=9)
@@ -172,3 +174,19 @@ def test_positions_past_the_context_have_their_angles():
     cache = KVCache(m, [StreamingLLM(budget=32), Policy()])
     tiny.feed(m, cache, tiny.ids(200), 7)
     assert tiny.steps(m, cache, tiny.ids(50)).isfinite().all()
+
+
+@pytest.mark.parametrize("spec", ["streamingllm(budget=40)", "streamingllm(budget=40,n_sink=0)",
+                                  "streamingllm(budget=40,reindex=False)", "h2o(budget=60)+streamingllm(budget=40)"])  # fmt: skip
+def test_sliding_a_run_out_forgets_what_a_mask_would_and_holds_no_hole(spec, monkeypatch):
+    m, slid, out = tiny.model(), [], []
+    text = tiny.ids(300)
+    for slides in (True, False):
+        if not slides:
+            monkeypatch.setattr(Full, "slide", Storage.slide)
+        cache = KVCache(m, spec)
+        out.append(torch.cat([tiny.feed(m, cache, text[:, :100], chunk=9), tiny.steps(m, cache, text[:, 100:])], 1))
+        slid.append([c.size - c.n_live for c in cache.layers])
+        assert cache.live_positions(1, 1).tolist()[-36:] == list(range(264, 300))
+    assert max(slid[0]) == 0 < max(slid[1])
+    assert tiny.rms(*out) < 1e-5

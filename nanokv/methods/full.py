@@ -25,8 +25,8 @@ class Full(Storage):
         self.kv.append(k=k.flatten(0, 1), v=v.flatten(0, 1))
 
     def read(self):
-        B = self.cache.B
-        return self.kv["k"].unflatten(0, (B, -1)), self.kv["v"].unflatten(0, (B, -1))
+        k, v = self.kv["k"], self.kv["v"]
+        return k.view(self.cache.B, -1, *k.shape[1:]), v.view(self.cache.B, -1, *v.shape[1:])
 
     def read_row(self, r):
         return self.kv.row("k", r), self.kv.row("v", r)
@@ -38,6 +38,10 @@ class Full(Storage):
     def drop(self, live):
         self.kv.keep(live)
         return live
+
+    def slide(self, first, gone):
+        self.kv.slide(first, gone)
+        return True
 
     def trim(self):
         self.kv.trim()

@@ -41,15 +41,8 @@ class StreamingLLM(Policy):
 
     def before(self, cache, n_new):
         if self.renumbers or cache.phase == "decode":
-            self._evict(cache, self.budget - n_new)
+            cache.keep_ends(self.n_sink, self.budget - n_new - self.n_sink)
 
     def __call__(self, cache, q, pos):
         if cache.phase == "last" or q.shape[2] > 1:
-            self._evict(cache, self.budget)
-
-    def _evict(self, cache, room):
-        """Forget the oldest entries that are no sinks until `room` are left."""
-        if cache.n_live > room:
-            rank = cache.rank
-            n_live = rank.amax(-1, keepdim=True) + 1  # per row
-            cache.keep((rank < self.n_sink) | (rank >= n_live - (room - self.n_sink)))
+            cache.keep_ends(self.n_sink, self.budget - self.n_sink)
