@@ -33,7 +33,7 @@ try:
     from rich.table import Table
 
     import weights
-    from nanokv import engine
+    from nanokv import engine, kernels
     from nanokv.cache import KVCache
     from nanokv.chat import Beside, Conversation
     from nanokv.methods import available, find, terms
@@ -121,6 +121,8 @@ def build_parser(own=()) -> Parser:
     add("--method", default="full", metavar="SPEC", help="a, a+b or 'a(budget=512)+b(bits=2)' (default: %(default)s)")
     add("--ratio", type=SHARE, metavar="R",
         help="instead of --budget: budget = max(1, floor(R * prompt tokens + 0.5)) entries per KV head")  # fmt: skip
+    add("--backend", default="auto", metavar="NAME",
+        help="decode on torch, triton, both (and compare) or auto, triton on a GPU (default: %(default)s)")  # fmt: skip
     add("--list-methods", action="store_true", help="show all methods and leave")
     add("--explain", metavar="METHOD", help="show what a method does and leave")
     add("--save-cache", metavar="FILE", help="write the cache to a file at the end")
@@ -211,11 +213,14 @@ def plan(args: argparse.Namespace) -> Job:
     """Check the arguments and read the prompt; raise Wrong."""
     with refusing(ValueError, NotImplementedError):
         dtype, device = weights.parse_dtype(args.dtype), weights.parse_device(args.device)
+        kernels.use(args.backend)
         chosen = choose(args.method, args.parameters)
         by_ratio = [] if args.ratio is None else leave_to_ratio(chosen, args)
         construct(spec(chosen))
     if not args.model:
         raise Wrong("--model is empty")
+    if args.backend in ("triton", "both") and (why := kernels.missing(device)):
+        raise Wrong(f"--backend {args.backend}: {why}")
     if args.load_cache and (args.method != "full" or args.parameters or args.ratio):
         raise Wrong("--load-cache brings its own method, so --method, --ratio and their parameters do not go with it")
     if args.chat and (args.json or args.compare or args.raw or args.ratio or args.prompt or args.prompt_file):
@@ -572,6 +577,7 @@ def measure(result: Result) -> dict[str, str]:
         "full cache": size(total["full"]),
         "ratio": compare(total["full"], total["held"]),
         "peak memory": f"{size(peak)} ({'GPU tensors' if job.device.type == 'cuda' else 'process'})" if peak else "-",
+        "backend": f"{kernels.used() or 'torch'}, as {args.backend} chose",
         "dtype, device": f"{str(job.dtype).removeprefix('torch.')}, {job.device}, {torch.get_num_threads()} threads",
     }
     if result.beside and result.beside.kl:
@@ -580,6 +586,9 @@ def measure(result: Result) -> dict[str, str]:
         rows["against full"] = (
             f"KL {sum(kl) / len(kl):.4f} nats, top token the same {sum(same) / len(same):.1%}, {where}"
         )
+    if args.backend == "both":
+        parts = [f"{c.difference:.1e}" for c in result.cache.layers]
+        rows["backends differ"] = f"by at most {max(parts, key=float)} (per layer: {' '.join(parts)})"
     if total["constants"]:
         rows["constants"] = f"{size(total['constants'])} derived from the model, not part of the cache"
     return rows
@@ -595,6 +604,7 @@ def as_json(result: Result) -> dict:
         "tokens_per_second": (n - 1) / result.decoding if n > 1 else None,
         "ledger": result.cache.ledger()["total"], "peak_memory": peak_memory(job.device),
         "dtype": str(job.dtype).removeprefix("torch."), "device": str(job.device), "threads": torch.get_num_threads(),
+        "backend": kernels.used() or "torch", "backends_differ": [c.difference for c in result.cache.layers],
     }  # fmt: skip
     if result.beside:
         out["compare"] = {"kl": result.beside.kl, "same_top_token": result.beside.same, "parted": result.beside.parted}

@@ -53,11 +53,11 @@ def probs(q: Tensor, k: Tensor, mask: Mask) -> Tensor:
     """Return the attention probabilities of rotated q (B, H, T, D) over k (B, Hkv, N, D): fp32 (B, H, T, N)."""
     B, H, T, D = q.shape
     Hkv = k.shape[1]
-    s = q.float().reshape(B, Hkv, -1, D) @ k.float().transpose(-1, -2) / math.sqrt(D)  # (B, Hkv, G*T, N)
+    s = (q.float() / math.sqrt(D)).reshape(B, Hkv, -1, D) @ k.float().transpose(-1, -2)  # (B, Hkv, G*T, N)
     s = s.view(B, Hkv, H // Hkv, T, -1)
     add = mask.additive()
     if add is not None:
-        s = s + add[:, :, None]
+        s.add_(add[:, :, None])
     p = s.softmax(-1)
     if mask.see is not None:  # a query that sees nothing (padding) attends to nothing
         p = p.nan_to_num_(0.0)

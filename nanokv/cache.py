@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from nanokv import attention, snapshot
+from nanokv import attention, kernels, snapshot
 
 HIDDEN = 2**31 - 1  # the token number of a forgotten entry: later than any query, so that no query sees it
 
@@ -300,6 +300,22 @@ class Storage(Method):
         p = attention.probs(q, k, self.cache.mask(pos))
         return attention.mix(p, v).to(q.dtype), p
 
+    def attend_triton(self, q: Tensor, pos: Tensor, probs: bool) -> tuple[Tensor, Tensor | None]:
+        """Do in Triton what `attend` and, with `probs`, `attend_probs` do; return o and the probabilities or None.
+
+        NotImplementedError, in one line, for what no kernel can do. Entries are read out first; a storage overrides
+        this to let a kernel read them as they are held.
+        """
+        c, R = self.cache, self.cache.n_rows
+        k, v = (t.flatten(0, 2).contiguous() for t in c.read())  # (R * N, D)
+        start = kernels.on_device(tuple(range(0, R * c.size, c.size)), torch.int64, q.device)
+        out = kernels.launch(
+            "decode", kernels.rows(q, R), k, v, start, kernels.lengths(c.n_slots, q.device), scale=q.shape[-1] ** -0.5,
+            most=c.size, probs=probs, **kernels.masking(c, q, pos),
+        )  # fmt: skip
+        o, p = out if probs else (out, None)
+        return kernels.heads(o, q), kernels.heads(p, q)
+
     def bytes(self) -> dict[str, int]:
         """Return the bytes in use by category: payload, scales, residual. What else is held is counted as unused."""
         raise NotImplementedError
@@ -350,6 +366,7 @@ class LayerCache:
         self.policies, self.renumbers = parent.policies + ([parent.plan] if parent.plan else []), parent.renumbers
         self.B, self.n_rows, self.storage = 0, 0, None
         self.notes: dict[str, list] = {}  # numbers, per sequence, that a plan remembers about this layer
+        self.difference = 0.0  # the largest between two backends' results, where both run
         self.step_probs = None  # fp32 (B, H, T, N) of the decode step under way, where a method `needs_probs`
 
     def _allocate(self, B: int, device) -> None:
@@ -385,10 +402,9 @@ class LayerCache:
 
     def attend(self, q: Tensor, pos: Tensor) -> Tensor:
         """Look back from rotated q (B, H, T, D) at pos to every live entry not later than it: (B, H, T, D)."""
-        if self.parent.needs_probs and self.phase == "decode":
-            o, self.step_probs = self.storage.attend_probs(q, pos)
-            return o
-        return self.storage.attend(q, pos)
+        probs = self.parent.needs_probs and self.phase == "decode"
+        o, self.step_probs = kernels.attend(self.storage, q, pos, probs)
+        return o
 
     def compress(self, q: Tensor, pos: Tensor) -> None:
         """Let policies forget entries, then let the storage pack what is left. q (B, H, T, D) is not rotated."""
@@ -477,7 +493,7 @@ class LayerCache:
         """Forget the entries whose mask is False; bool (B, Hkv, N), sizes of 1 broadcast. The one way to forget."""
         shape = (self.B, self.config.n_kv_heads, self.size)
         self.same &= mask.shape[0] == mask.shape[1] == 1
-        self._explicit()
+        self.number_slots()
         token = torch.where(mask, self.token, HIDDEN).expand(shape)
         self.slots["token"] = token.reshape(self.n_rows, -1)
         self.counts = (token != HIDDEN).sum(-1).flatten().tolist()
@@ -490,7 +506,7 @@ class LayerCache:
         if gone <= 0:
             return
         if self._at_rest and not self._hidden and self.slots.equal:  # a run of slots goes: no need for a mask
-            self._explicit()
+            self.number_slots()
             if self.storage.slide(first, gone):
                 self.slots.slide(first, gone)
                 self.n_slots, self.counts = list(self.slots.n), list(self.slots.n)
@@ -523,11 +539,14 @@ class LayerCache:
         Each query's probabilities are reduced over its group ("mean", "max" or "sum"), then added up. Works through the
         queries in blocks, so that memory is block * N per head and not T * N.
         """
-        k, total = self.read()[0].float(), 0
+        k, total, Hkv = self.read()[0].float(), 0, self.config.n_kv_heads
         for part, at in zip(q.split(block, 2), pos.split(block, -1), strict=True):
             p = attention.probs(part, k, self.mask(at, newest=False))  # (B, H, block, N)
-            total = total + attention.reduce_group(p, self.config.n_kv_heads, reduce).sum(2)
-        return total
+            if reduce == "max":
+                total = total + attention.reduce_group(p, Hkv, reduce).sum(2)
+            else:  # sums may be taken in any order: one pass over group and queries
+                total = total + p.view(self.B, Hkv, -1, self.size).sum(2)
+        return total / (q.shape[1] // Hkv) if reduce == "mean" else total
 
     def read(self) -> tuple[Tensor, Tensor]:
         """Return all slots as k, v (B, Hkv, N, D), keys rotated by their position."""
@@ -574,7 +593,7 @@ class LayerCache:
         value = value.view(self.B, self.config.n_kv_heads, -1)
         return value[:1, :1] if name == "token" and self.same else value
 
-    def _explicit(self) -> None:
+    def number_slots(self) -> None:
         """Write down each slot's token, where until now slot i held token i."""
         if "token" not in self.slots.data:
             token = self.token.expand(self.B, self.config.n_kv_heads, -1)
@@ -594,9 +613,11 @@ class LayerCache:
         B, T = token.shape
         pads = self.parent.pads
         if pads and "token" not in self.slots.data:
-            self._explicit()
+            self.number_slots()
         self.n_slots = [n + T for n in self.n_slots]
-        hidden = [n for n in (token < 0).sum(1).tolist() for _ in range(self.n_rows // B)] if pads else [0] * self.n_rows
+        hidden = (
+            [n for n in (token < 0).sum(1).tolist() for _ in range(self.n_rows // B)] if pads else [0] * self.n_rows
+        )
         self.counts = [n + T - h for n, h in zip(self.counts, hidden, strict=True)]
         self.same &= not pads
         if not self.fills:
@@ -849,7 +870,17 @@ def top(score: Tensor, n, among: Tensor) -> Tensor:
     Ties go to the older slot.
     """
     among = among.expand_as(score)
+    if score.device.type == "cpu" and (among.sum(-1, keepdim=True) - n).max() <= 1:  # as in decode steps: one goes
+        return _all_but_one(score, n, among)
     order = torch.argsort(score, dim=-1, descending=True, stable=True)
     order = order.gather(-1, torch.argsort((~among).gather(-1, order).byte(), dim=-1, stable=True))  # candidates first
     place = torch.arange(order.shape[-1], device=order.device).expand_as(order)
     return (torch.empty_like(order).scatter_(-1, order, place) < n) & among
+
+
+def _all_but_one(score: Tensor, n, among: Tensor) -> Tensor:
+    """Do what `top` does where no row has more than n + 1 candidates: drop the newest of the lowest."""
+    lowest = score.masked_fill(~among, torch.inf).amin(-1, keepdim=True)
+    place = torch.arange(score.shape[-1], device=score.device)
+    last = torch.where(among & (score <= lowest), place, -1).amax(-1, keepdim=True)
+    return among & ((place != last) | (among.sum(-1, keepdim=True) <= n))

@@ -75,6 +75,7 @@ class RoPE:
         inv = 1.0 / config.rope_theta ** (torch.arange(0, D, 2, dtype=torch.int64).float() / D)
         self.inv_freq = _scale_frequencies(inv, config.rope_scaling).to(device)  # (D/2,)
         self._table = None  # cosines and signed sines of positions 0..n-1, (2, n, D)
+        self._halves = None
         self._last = [(None, None, None)] * 2  # what was asked for last, by tensor and by slice
         self.reserve(config.context)
 
@@ -99,6 +100,13 @@ class RoPE:
         out = tuple(table.to(dtype).unbind(0))
         self._last[range_] = (pos, dtype, out)
         return out
+
+    def halves(self) -> tuple[Tensor, Tensor]:
+        """Return the cosines and sines of positions 0..n-1 as a kernel wants them, fp32 (n, D / 2) each."""
+        if self._halves is None or len(self._halves[0]) < self._table.shape[1]:
+            D = self._table.shape[-1]
+            self._halves = self._table[0, :, : D // 2].contiguous(), self._table[1, :, D // 2 :].contiguous()
+        return self._halves
 
     def __call__(self, x: Tensor, pos: Tensor | slice) -> Tensor:
         """Rotate x (B, H, T, D) by pos: integers (B, T), (B, Hkv, T) where KV heads differ, or a slice of positions."""

@@ -176,15 +176,17 @@ def test_positions_past_the_context_have_their_angles():
     assert tiny.steps(m, cache, tiny.ids(50)).isfinite().all()
 
 
-@pytest.mark.parametrize("spec", ["streamingllm(budget=40)", "streamingllm(budget=40,n_sink=0)",
-                                  "streamingllm(budget=40,reindex=False)", "h2o(budget=60)+streamingllm(budget=40)"])  # fmt: skip
+SLIDING = ["(budget=40)", "(budget=40,n_sink=0)", "(budget=40,reindex=False)", "(budget=40)+h2o(budget=60)"]
+
+
+@pytest.mark.parametrize("spec", SLIDING)
 def test_sliding_a_run_out_forgets_what_a_mask_would_and_holds_no_hole(spec, monkeypatch):
     m, slid, out = tiny.model(), [], []
     text = tiny.ids(300)
     for slides in (True, False):
         if not slides:
             monkeypatch.setattr(Full, "slide", Storage.slide)
-        cache = KVCache(m, spec)
+        cache = KVCache(m, "streamingllm" + spec)
         out.append(torch.cat([tiny.feed(m, cache, text[:, :100], chunk=9), tiny.steps(m, cache, text[:, 100:])], 1))
         slid.append([c.size - c.n_live for c in cache.layers])
         assert cache.live_positions(1, 1).tolist()[-36:] == list(range(264, 300))

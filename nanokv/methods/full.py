@@ -10,6 +10,9 @@ Acts: never. The first generated token sees the exact prompt.
 Differs: -
 """
 
+import torch
+
+from nanokv import kernels
 from nanokv.cache import Rows, Storage
 
 
@@ -45,6 +48,20 @@ class Full(Storage):
 
     def trim(self):
         self.kv.trim()
+
+    def attend_triton(self, q, pos, probs):
+        c, R, hidden = self.cache, self.cache.n_rows, kernels.masking(self.cache, q, pos)
+        args = kernels.rows(q, R), self.kv.data["k"], self.kv.data["v"], kernels.places(self.kv, q.device)
+        args += (kernels.lengths(self.kv.n, q.device),)
+        more = {"scale": q.shape[-1] ** -0.5, "most": c.size, "probs": probs, **hidden}
+        if c.renumbers and not hidden:  # slots are numbered 0, 1, ... in every row
+            more["pos"] = torch.arange(c.size, dtype=torch.int32, device=q.device)
+            more["col_start"] = kernels.on_device((0,) * R, torch.int64, q.device)
+        if c.renumbers:  # keys are held un-rotated
+            args += c.rope.halves()
+        out = kernels.launch("decode_rope" if c.renumbers else "decode", *args, **more)
+        o, p = out if probs else (out, None)
+        return kernels.heads(o, q), kernels.heads(p, q)
 
     def bytes(self):
         k = self.kv.data["k"]

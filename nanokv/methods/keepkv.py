@@ -54,18 +54,21 @@ def merge(k, v, z, b, to, form="paper", q=None):
     return k * torch.where(safe, factor, 1.0)[..., None], v, torch.where(safe, votes, votes + gap), mass
 
 
-def pair(k, leave, stay, n_leave, n_stay, threshold):
-    """Return for each slot (B, Hkv, N) the one it goes to: where `leave` (at most n_leave a row), the one of `stay` (at
-    most n_stay) whose key k has the highest cosine, if that is above threshold; else itself."""
+def pair(k, leave, stay, n_leave, threshold):
+    """Return for each slot (B, Hkv, N) the one it goes to: where `leave` (at most n_leave a row), the one of `stay`
+    whose key k has the highest cosine, if that is above threshold; else itself."""
     k = torch.nn.functional.normalize(k, dim=-1)
     to = torch.arange(k.shape[2], device=k.device).expand_as(leave).clone()
-    there = torch.argsort(~stay, dim=-1, stable=True)[..., :n_stay]
-    for part in torch.argsort(~leave, dim=-1, stable=True)[..., :n_leave].split(256, -1):
-        cos = _at(k, part) @ _at(k, there).mT  # (B, Hkv, 256, n_stay)
-        best, i = cos.masked_fill(~stay.gather(-1, there)[:, :, None], -torch.inf).max(-1)
+    for part in _some(leave, n_leave).split(256, -1):
+        best, i = (_at(k, part) @ k.mT).masked_fill_(~stay[:, :, None], -torch.inf).max(-1)  # over (B, Hkv, 256, N)
         merged = leave.gather(-1, part) & (best > threshold)
-        to.scatter_(-1, part, torch.where(merged, there.gather(-1, i), part))
+        to.scatter_(-1, part, torch.where(merged, i, part))
     return to
+
+
+def _some(mask, n):
+    """Return n slots per row (B, Hkv, n), those of the mask first, in any order."""
+    return mask.byte().topk(n, sorted=False).indices
 
 
 def _at(x, index):
@@ -132,12 +135,21 @@ class KeepKV(Policy):
         b, votes = cache.column("bias"), cache.column("votes", 1.0)
         must = live & ((rank < self.n_sink) | (rank >= n_live - self.n_recent))
         stay = must | top(b + z, self.budget - self.n_sink - self.n_recent, live & ~must)
-        to = pair(k.float(), live & ~stay, stay, n_leave, self.budget, self.threshold)
-        k, v, new_b, mass = merge(k, v, z, b, to, self.key_form, q)
+        to = pair(k.float(), live & ~stay, stay, n_leave, self.threshold)
         grew = torch.zeros_like(to).scatter_add_(-1, to, torch.ones_like(to)) > 1  # something came
-        cache.set_column("bias", torch.where(grew, new_b, b))
-        cache.set_column("logS", torch.where(grew, mass - new_b + correct, cache.column("logS")))
+        place = torch.arange(to.shape[-1], device=to.device)
+        near = _some(
+            grew | (to != place), min(2 * n_leave, len(place))
+        )  # slots that go or grow, and no others' targets
+        near_to = torch.zeros_like(to).scatter_(-1, near, place[: near.shape[-1]].expand_as(near))
+        near_to = near_to.gather(-1, to.gather(-1, near))
+        some = grew.gather(-1, near)
+        k, v, new_b, mass = merge(
+            _at(k, near), _at(v, near), z.gather(-1, near), b.gather(-1, near), near_to, self.key_form, q
+        )
+        for name, new in (("bias", new_b), ("logS", mass - new_b + correct.gather(-1, near))):
+            old = cache.column(name)
+            cache.set_column(name, old.scatter(-1, near, torch.where(some, new.to(old.dtype), old.gather(-1, near))))
         cache.set_column("votes", torch.zeros_like(votes).scatter_add_(-1, to, votes))
-        here = torch.argsort(~grew, dim=-1, stable=True)[..., :n_leave]
-        cache.write(torch.where(grew.gather(-1, here), here, -1), _at(k, here), _at(v, here))
+        cache.write(torch.where(some, near, -1), k, v)
         cache.keep(stay)

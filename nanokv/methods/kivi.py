@@ -20,6 +20,7 @@ Differs: scales and minima are rounded to fp16 before codes are computed, so tha
 
 import torch
 
+from nanokv import kernels
 from nanokv.cache import Rows, Storage
 from nanokv.quant import PerChannel, PerToken
 
@@ -81,6 +82,26 @@ class KIVI(Storage):
             s = s.view(B, -1, H * B // c.n_rows, T, c.size).add_(add[:, :, None]).view_as(s)
         p, n = s.softmax(-1), self.v_old.n[0]
         return (self.v_old.mix(p[..., :n]) + p[..., n:] @ self.v_new["x"].float()).view(B, H, T, D).to(q.dtype)
+
+    def attend_triton(self, q, pos, probs):
+        c, dev = self.cache, q.device
+        if c.renumbers:
+            raise NotImplementedError("kivi: no kernel rotates quantised keys, which renumbering needs")
+        if not any(self.v_old.n) and not any(self.k_old.n):  # nothing is quantised yet
+            return super().attend_triton(q, pos, probs)
+        k, v, stats = self.k_old, self.v_old, self.v_old.stats
+        out = kernels.launch(
+            "decode_kivi", kernels.rows(q, c.n_rows), bits=self.bits, group=self.group, scale=q.shape[-1] ** -0.5,
+            k_code=k.rows.data["code"], k_scale=k.rows.data["scale"], k_low=k.rows.data["low"],
+            k_start=kernels.places(k.rows, dev), k_len=kernels.lengths(k.n, dev),
+            v_code=v.codes.data["code"], v_code_start=kernels.places(v.codes, dev),
+            v_scale=stats.data["scale"], v_low=stats.data["low"], v_stat_start=kernels.places(stats, dev),
+            v_len=kernels.lengths(v.n, dev), k_new=self.k_new.data["x"], k_new_start=kernels.places(self.k_new, dev),
+            v_new=self.v_new.data["x"], v_new_start=kernels.places(self.v_new, dev),
+            length=kernels.lengths(c.n_slots, dev), most=c.size, probs=probs, **kernels.masking(c, q, pos),
+        )  # fmt: skip
+        o, p = out if probs else (out, None)
+        return kernels.heads(o, q), kernels.heads(p, q)
 
     def drop(self, live):
         rest = live.clone()

@@ -23,6 +23,7 @@ import math
 
 import torch
 
+from nanokv import kernels
 from nanokv.cache import Rows, Storage
 
 
@@ -115,6 +116,22 @@ class PCA(Storage):
         p0, p = s.softmax(-1).split([k0.shape[1], zk.shape[1]], -1)
         o = p0 @ v0 + (p @ zv) @ Uv.mT + p.sum(-1, keepdim=True) * mv
         return o.view(B, H, T, D).to(self.old.data["x"].dtype)
+
+    def attend_triton(self, q, pos, probs):
+        c, dev = self.cache, q.device
+        if c.renumbers or probs or kernels.masking(c, q, pos) or any(self.new.n) or not any(self.old.n):
+            return super().attend_triton(q, pos, probs)
+        x, r = kernels.rows(q, c.n_rows), self.ranks[0]  # (R, M, D)
+        (Uk, Uv), (mk, mv), first, old = self.bases, self.means, self.first.data["x"], self.old.data["x"]
+        k0, v0 = first.chunk(2, -1)
+        scale, where = x.shape[-1] ** -0.5, lambda rows: (kernels.places(rows, dev), kernels.lengths(rows.n, dev))
+        sinks, lse = kernels.launch("decode", x, k0.contiguous(), v0.contiguous(), *where(self.first), scale=scale,
+                                    most=self.first.size, lse=True)  # fmt: skip
+        x = x.float()
+        z, lse_z = kernels.launch("decode_latent", x @ Uk, old[:, :r], old[:, r:], *where(self.old), scale=scale,
+                                  shift=(x @ mk.mT)[..., 0] * scale, most=self.old.size)  # fmt: skip
+        share = torch.sigmoid(lse - lse_z)[..., None]  # of the sinks in the softmax's denominator
+        return kernels.heads(torch.lerp(z @ Uv.mT + mv, sinks, share).to(q.dtype), q), None
 
     def drop(self, live):
         at = [0] * len(live)
