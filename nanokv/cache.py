@@ -117,6 +117,13 @@ class Rows:
                 self.row(name, r)[self.n[r] - T :] = value[i]
         self._look()
 
+    def grow(self, T: int) -> list[int]:
+        """Add T slots to every row, of rows that hold fields already, and leave what is in them; return where."""
+        self.reserve([n + T for n in self.n])
+        at = [s + self.skip + n for s, n in zip(self.start, self.n, strict=True)]
+        self.n = [n + T for n in self.n]
+        return at
+
     def pop(self, name: str, counts: list[int]) -> list[tuple[list[int], Tensor]]:
         """Remove the first counts[r] slots of each row; return them as (rows, (len(rows), count, ...)) batches."""
         out = []
@@ -205,6 +212,7 @@ class Method:
     padded = True  # prompts of different lengths may share a batch
     observes = 0  # how many of a prompt's last queries it wants to look at together, see LayerCache.observed
     needs_probs = False  # it wants the attention probabilities of decode steps, see LayerCache.step_probs
+    early = False  # it acts, or takes note of something, before the last pass of a prompt; see KVCache.adopt
     waits = False  # it acts on a layer again after later layers, so packing must wait for the end of the pass
 
     def __new__(cls, *args, **kwargs):
@@ -254,6 +262,10 @@ class Storage(Method):
     def store(self, k: Tensor, v: Tensor, x: Tensor) -> None:
         """Add k, v (B, Hkv, T, D) as T new slots per row; x (B, T, E) is the layer input they were made from."""
         raise NotImplementedError
+
+    def store_rotated(self, k: Tensor, v: Tensor, pos: Tensor) -> bool:
+        """Rotate k by pos and add k, v (B, Hkv, T, D) in one kernel, or return False; `store` does it then."""
+        return False
 
     def read(self) -> tuple[Tensor, Tensor]:
         """Return all slots as k, v (B, Hkv, N, D) in the model's dtype; shorter rows are padded.
@@ -394,9 +406,8 @@ class LayerCache:
         self._at_rest, token = False, pos
         if self.renumbers:
             pos = self._next_ranks(T)
-        else:
-            k = self.rope(k, pos)
-        self.storage.store(k, v, x)
+        if self.renumbers or not (kernels.small(x) and self.storage.store_rotated(k, v, pos)):
+            self.storage.store(k if self.renumbers else self.rope(k, pos), v, x)
         self._grow(token)
         return pos
 
@@ -792,6 +803,20 @@ class KVCache:
             yield self
         finally:
             self._forced = None
+
+    def adopt(self, other: KVCache) -> None:
+        """Begin with the part of a prompt that `other`, a full cache of the same model, has read, instead of reading it.
+
+        For methods that leave a prompt alone until its last pass, which must bring as many tokens as they observe.
+        Call it inside `prompt`, declared for the tokens still to come. NotImplementedError for other methods.
+        """
+        if stiff := [m.name for m in self.methods if m.early or m.renumbers]:
+            raise NotImplementedError(f"{stiff[0]} must read a prompt from its beginning")
+        for mine, its in zip(self.layers, other.layers, strict=True):
+            mine._allocate(its.B, its.device)
+            mine.storage.store(*its.read(), None)
+            mine._grow(torch.arange(its.size, device=its.device).expand(its.B, -1))
+        self.next_position, self.pads = other.next_position, list(other.pads)
 
     def clone(self) -> KVCache:
         """Return an independent copy, to go on from the same text in two ways."""

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nanokv import kernels
+
 
 @dataclass(frozen=True)
 class Config:
@@ -61,6 +63,13 @@ class RMSNorm(nn.Module):
         return torch.layer_norm(torch.cat([x, -x], -1), (2 * n,), eps=self.eps)[..., :n] * self.weight
 
     __call__ = forward
+
+    def after(self, x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+        """Return x + delta (..., E) and that normalised."""
+        if kernels.small(x):
+            return kernels.launch("rmsnorm", x, delta, self.weight, self.eps)
+        x = x + delta
+        return x, self(x)
 
 
 class RoPE:
@@ -178,7 +187,10 @@ class SwiGLU(nn.Module):
         self.down = Linear(c.ffn, c.hidden, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        both = self.gate_up(x)
+        if kernels.small(x):
+            return self.down(kernels.launch("swiglu", both))
+        gate, up = both.chunk(2, dim=-1)
         return self.down(F.silu(gate) * up)
 
     __call__ = forward
@@ -193,8 +205,8 @@ class Block(nn.Module):
         self.ffn_norm, self.ffn = RMSNorm(c.hidden, c.eps), SwiGLU(c)
 
     def forward(self, x: Tensor, pos: Tensor, cache) -> Tensor:
-        x = x + self.attn(self.attn_norm(x), pos, cache)
-        return x + self.ffn(self.ffn_norm(x))
+        x, h = self.ffn_norm.after(x, self.attn(self.attn_norm(x), pos, cache))
+        return x + self.ffn(h)
 
 
 class Decoder(nn.Module):

@@ -243,3 +243,32 @@ def test_bad_parameters_are_refused_by_name(name):
     if "budget" in ALL[name].parameters:
         with pytest.raises(ValueError, match="budget"):
             ALL[name](budget=0)
+
+
+# (k) a prompt's beginning may be taken over from a full cache, unless the method says that it looks at it
+
+
+@each
+def test_a_method_that_adopts_a_prompt_ends_like_one_that_read_it(name, m):
+    text, method = tiny.ids(120), small(name)
+    base, mine, whole = KVCache(m), KVCache(m, [method]), KVCache(m, [small(name)])
+    with base.prompt(120):
+        m(text[:, :60], base)
+        with mine.prompt(60):
+            if method.early or mine.renumbers:
+                with pytest.raises(NotImplementedError, match="from its beginning"):
+                    mine.adopt(base)
+                mine._prompt_left = base._prompt_left = 0
+                return
+            mine.adopt(base)
+            got = m(text[:, 60:], mine)
+        m(text[:, 60:], base)
+    with whole.prompt(120):
+        m(text[:, :60], whole)
+        want = m(text[:, 60:], whole)
+    assert tiny.rms(got, want) < 1e-5
+    for layer, head in itertools.product((0, 1), (0, 1)):
+        assert torch.equal(mine.live_positions(layer, head), whole.live_positions(layer, head))
+    assert mine.ledger()["total"]["held"] == whole.ledger()["total"]["held"]
+    a, b = m(tiny.ids(1), mine), m(tiny.ids(1), whole)
+    assert tiny.rms(a, b) < 1e-5

@@ -192,3 +192,11 @@ def test_sliding_a_run_out_forgets_what_a_mask_would_and_holds_no_hole(spec, mon
         assert cache.live_positions(1, 1).tolist()[-36:] == list(range(264, 300))
     assert max(slid[0]) == 0 < max(slid[1])
     assert tiny.rms(*out) < 1e-5
+
+
+@pytest.mark.parametrize("chunk", [None, 10, 33])
+def test_without_reindexing_the_prompt_is_read_exactly_in_parts_too(chunk):
+    m, text = tiny.model(), tiny.ids(100)
+    cache = KVCache(m, "streamingllm(budget=30,reindex=False)")
+    assert tiny.rms(tiny.feed(m, cache, text, chunk), tiny.feed(m, KVCache(m), text)) < 1e-5
+    assert cache.live_positions(0, 0).tolist() == [0, 1, 2, 3, *range(74, 100)]

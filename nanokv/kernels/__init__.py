@@ -82,6 +82,13 @@ def attend(storage, q: Tensor, pos: Tensor, probs: bool) -> tuple[Tensor, Tensor
     return o, p
 
 
+def small(x: Tensor) -> bool:
+    """Say whether a decode step over x (B, T, E) takes the fused kernels of the model's small pieces."""
+    if (name := _state["backend"]) in ("torch", "both") or (name == "auto" and x.device.type != "cuda"):
+        return False
+    return x.shape[0] * x.shape[1] <= ROWS and not missing(x.device)
+
+
 def _torch(storage, q, pos, probs):
     if storage.cache.phase == "decode":
         _used.add("torch")
@@ -109,13 +116,13 @@ def lengths(numbers, device) -> Tensor:
     return on_device(tuple(numbers), torch.int32, device)
 
 
-def masking(cache, q: Tensor, pos: Tensor) -> dict:
+def masking(cache, q: Tensor, pos: Tensor, always: bool = False) -> dict:
     """Return what a decode kernel must know to hide entries and weigh merged ones: pos, q_pos, bias, col_start, window.
 
-    Empty where every query sees every slot.
+    Empty where every query sees every slot, unless `always` is asked for.
     """
     columns, T = cache.slots.data, q.shape[2]
-    if T == 1 and not cache.window and "bias" not in columns and min(cache.counts) == cache.size:
+    if not always and T == 1 and not cache.window and "bias" not in columns and min(cache.counts) == cache.size:
         return {}
     B, Hkv = cache.B, cache.config.n_kv_heads
     q_pos = (pos[:, None] if pos.dim() == 2 else pos).unsqueeze(2)  # (B, 1 or Hkv, 1, T)
@@ -123,8 +130,11 @@ def masking(cache, q: Tensor, pos: Tensor) -> dict:
     out = {"q_pos": q_pos, "window": cache.window}
     if cache.renumbers:  # ranks are computed, not stored
         N = cache.size
-        out["pos"] = cache.pos.expand(B, Hkv, N).reshape(-1).int()
-        out["col_start"] = on_device(tuple(range(0, B * Hkv * N, N)), torch.int64, q.device)
+        if min(cache.counts) == N:  # the same 0, 1, ... in every row
+            step, out["pos"] = 0, torch.arange(N, dtype=torch.int32, device=q.device)
+        else:
+            step, out["pos"] = N, cache.pos.expand(B, Hkv, N).reshape(-1).int()
+        out["col_start"] = on_device(tuple(i * step for i in range(B * Hkv)), torch.int64, q.device)
         return out
     cache.number_slots()
     out |= {"pos": cache.slots.data["token"], "col_start": places(cache.slots, q.device)}

@@ -15,6 +15,7 @@ denominator, which is what `combine` does for the splits of a row and `merge` fo
 
 Inside the kernels exponents and logarithms are to the base 2, which is what GPUs compute.
 """
+# ruff: noqa: E741 (l, the denominator, as the literature calls it)
 
 import math
 
@@ -30,6 +31,7 @@ WIDEST = 256  # channels per key or value
 PROGRAMS = 512  # splits wanted over all rows: about four for each processor of a large GPU
 SHORTEST = 128  # entries that are worth a split
 MOST_SPLITS = 64
+NVIDIA = ("sm_80", "sm_90", "sm_100")
 TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
@@ -210,17 +212,17 @@ def decode_triton(q: Tensor, k: Tensor, v: Tensor, start: Tensor, length: Tensor
     logarithm of the softmax's denominator, fp32 (R, M), -inf where nothing is seen, see `merge`. With `probs` comes
     last p, fp32 (R, M, most), zeros beyond a row's length. NotImplementedError where the kernel is not made for it.
     """
-    return run(decode_split, {}, q, k, v, start, length, scale=scale, most=most, pos=pos, q_pos=q_pos, bias=bias,
-               col_start=col_start, window=window, probs=probs, lse=lse, splits=splits)  # fmt: skip
+    return run(decode_split, blocks(k.dtype, q.shape[1], k.shape[1], v.shape[1]), q, k, v, start, length,
+               scale=scale, most=most, pos=pos, q_pos=q_pos, bias=bias, col_start=col_start, window=window,
+               probs=probs, lse=lse, splits=splits)  # fmt: skip
 
 
-def run(kernel, more: dict, q, k, v, start, length, *, scale, most, pos, q_pos, bias, col_start, window, probs, lse,
+def run(kernel, own: dict, q, k, v, start, length, *, scale, most, pos, q_pos, bias, col_start, window, probs, lse,
         splits):  # fmt: skip
-    """Launch a split kernel, `combine` and `finish`; `more` holds the kernel's own arguments. See `decode_triton`."""
+    """Launch a split kernel, `combine` and `finish`. `own` holds `blocks` and what only this kernel takes."""
     check(q, k, v, pos, q_pos, window)
-    (R, M, D), DV, dev = q.shape, v.shape[1], q.device
-    constants = blocks(k.dtype, M, D, DV)
-    splits, split_len = cut(most, R, constants["BT"], splits)
+    (R, M, _), DV, dev = q.shape, v.shape[1], q.device
+    splits, split_len = cut(most, R, own["BT"], splits)
     out = torch.empty(R, M, DV, dtype=torch.float32 if lse else q.dtype, device=dev)
     total = torch.empty(R, M, dtype=torch.float32, device=dev)
     p = torch.empty(R, M, most, dtype=torch.float32, device=dev) if probs else None
@@ -236,11 +238,11 @@ def run(kernel, more: dict, q, k, v, start, length, *, scale, most, pos, q_pos, 
         scale=scale * LOG2E.value, window=window or 0, split_len=split_len, n_splits=splits, most=most,
         ROW_K=k.stride(0), ROW_V=v.stride(0), HAS_POS=pos is not None, HAS_WINDOW=window is not None,
         HAS_BIAS=bias is not None, PROBS=probs, UPCAST=INTERPRETED and k.dtype == torch.bfloat16,
-        **constants, **more)  # fmt: skip
+        **own)  # fmt: skip
     if splits > 1:
-        combine[(R * M,)](acc, part, out, total, splits, M, DV, constants["BDV"], triton.next_power_of_2(splits))
+        combine[(R * M,)](acc, part, out, total, splits, M, DV, own["BDV"], triton.next_power_of_2(splits))
     if probs and most:
-        finish[(R, triton.cdiv(most, 128))](p, total, length, most, M, constants["BM"], 128)
+        finish[(R, triton.cdiv(most, 128))](p, total, length, most, M, own["BM"], 128)
     return results(out, total * math.log(2) if lse else None, p)
 
 
@@ -270,13 +272,18 @@ def cut(most: int, n_rows: int, tile: int, splits: int | None = None) -> tuple[i
     return max(1, triton.cdiv(most, split_len)), split_len
 
 
-def blocks(dtype, M: int, D: int, DV: int, amd: bool = torch.version.hip is not None) -> dict:
-    """Return the sizes a split kernel is compiled for: those of the problem, of its tiles, warps and stages."""
+def blocks(dtype, M: int, D: int, DV: int, tile: int = 2**14, amd: bool = torch.version.hip is not None) -> dict:
+    """Return the sizes a split kernel is compiled for: those of the problem, of its tiles, warps and stages.
+
+    `tile` is in bytes of keys; where there are many queries a tile is smaller. With two warps, not four, Triton takes
+    the tensor cores' plain instructions, which suit thin products better than those of Hopper and Blackwell.
+    """
     BD, BDV = (max(16, triton.next_power_of_2(n)) for n in (D, DV))
     BM = max(16 if amd else 8, triton.next_power_of_2(M))
     width = max(BD, BDV) * dtype.itemsize  # bytes of an entry's key or value
-    return {"M": M, "D": D, "DV": DV, "BM": BM, "BD": BD, "BDV": BDV, "BT": 64 if width <= 256 else 32,
-            "num_warps": 4, "num_stages": 1 if amd else 3 if width <= 256 else 2}  # fmt: skip
+    BT = max(16 if width > 512 else 32, min(128, tile // width) * 8 // max(8, triton.next_power_of_2(M)))
+    return {"M": M, "D": D, "DV": DV, "BM": BM, "BD": BD, "BDV": BDV, "BT": BT,
+            "num_warps": 2 if BM * BDV <= 2048 else 4, "num_stages": 1 if amd else 2}  # fmt: skip
 
 
 def results(o, lse, p):
@@ -300,18 +307,19 @@ def merge(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
 def aot_cases() -> dict:
     """Return representative kernels to compile ahead of time: name -> (fn, types, constants, aligned, options).
 
-    options maps a target to its num_warps and num_stages.
+    options maps each target that a case is meant for to its num_warps and num_stages.
     """
+    every = {"HAS_POS": True, "HAS_WINDOW": True, "HAS_BIAS": True, "PROBS": True}
     cases = {}
-    for dtype, M, D in ((torch.float16, 3, 64), (torch.bfloat16, 3, 64), (torch.float32, 3, 64),
-                        (torch.float16, 8, 80), (torch.float16, 8, 96), (torch.float16, 4, 128),
-                        (torch.float16, 64, 128), (torch.bfloat16, 4, 128), (torch.float32, 4, 128)):  # fmt: skip
-        cases[f"decode {TYPES[dtype]} D={D} M={M}"] = aot_case(decode_split, dtype, M, D, D)
-    flags = {"HAS_POS": True, "HAS_WINDOW": True, "HAS_BIAS": True, "PROBS": True}
-    cases["decode fp16 D=64 M=3 pos"] = aot_case(decode_split, torch.float16, 3, 64, 64, HAS_POS=True)
-    cases["decode fp16 D=64 M=3 all"] = aot_case(decode_split, torch.float16, 3, 64, 64, **flags)
-    cases["decode fp16 D=128 M=4 all"] = aot_case(decode_split, torch.float16, 4, 128, 128, **flags)
-    same = {t: {"num_warps": 4, "num_stages": 1} for t in ("sm_80", "sm_90", "sm_100", "gfx942")}
+    for dtype, M, D, flags in (
+        (torch.float16, 3, 64, {}), (torch.bfloat16, 3, 64, {}), (torch.float32, 3, 64, {}),
+        (torch.float16, 8, 80, {}), (torch.float16, 8, 96, {}), (torch.float16, 4, 128, {}),
+        (torch.float16, 64, 128, {}), (torch.bfloat16, 4, 128, {}), (torch.float32, 4, 128, {}),
+        (torch.float16, 3, 64, {"HAS_POS": True}), (torch.float16, 3, 64, every), (torch.float16, 4, 128, every),
+        (torch.float16, 64, 128, every),
+    ):  # fmt: skip
+        cases |= aot_case("decode", decode_split, dtype, M, D, D, **flags)
+    same = {target: {"num_warps": 4, "num_stages": 1} for target in (*NVIDIA, "gfx942")}
     cases["combine D=64"] = (
         combine, {"p_acc": "*fp32", "p_lse": "*fp32", "p_o": "*fp16", "p_total": "*fp32", "n_splits": "i32"},
         {"M": 3, "DV": 64, "BDV": 64, "BS": MOST_SPLITS}, (), same)  # fmt: skip
@@ -321,17 +329,21 @@ def aot_cases() -> dict:
     return cases
 
 
-def aot_case(kernel, dtype, M: int, D: int, DV: int, types: dict | None = None, **constants) -> tuple:
-    """Return one case of a split kernel; constants not given are those of the plain path."""
+def aot_case(name: str, kernel, dtype, M: int, D: int, DV: int, types: dict | None = None, tile: int = 2**14,
+             **constants) -> dict:  # fmt: skip
+    """Return the cases of a split kernel, for NVIDIA and AMD; constants not given are those of the plain path."""
     t = f"*{TYPES[dtype]}"
     every = {
         "p_q": t, "p_k": t, "p_v": t, "p_start": "*i64", "p_length": "*i32", "p_pos": "*i32", "p_q_pos": "*i32",
         "p_bias": "*fp32", "p_columns": "*i64", "p_acc": "*fp32", "p_lse": "*fp32", "p_s": "*fp32", "scale": "fp32",
         "window": "i32", "split_len": "i32", "n_splits": "i32", "most": "i32", **(types or {})}  # fmt: skip
-    options, sizes = {}, {}
-    for target in ("sm_80", "sm_90", "sm_100", "gfx942"):
-        sizes[target] = blocks(dtype, M, D, DV, target.startswith("gfx"))
-        options[target] = {n: sizes[target].pop(n) for n in ("num_warps", "num_stages")}
     flags = dict.fromkeys(("HAS_POS", "HAS_WINDOW", "HAS_BIAS", "PROBS", "UPCAST"), False)
-    constants = sizes["sm_80"] | {"ROW_K": D, "ROW_V": DV} | flags | constants
-    return kernel, every, constants, ("split_len",), options
+    title = f"{name} {TYPES[dtype]} D={D}{f'+{DV}' * (DV != D)} M={M}"
+    title += "".join(f" {n.split('_')[-1].lower()}" for n, on in constants.items() if on is True)
+    cases = {}
+    for suffix, targets in (("", NVIDIA), (" (AMD)", ("gfx942",))):
+        sizes = blocks(dtype, M, D, DV, tile, bool(suffix))
+        options = {n: sizes.pop(n) for n in ("num_warps", "num_stages")}
+        values = sizes | {"ROW_K": D, "ROW_V": DV} | flags | constants
+        cases[title + suffix] = kernel, every, values, ("split_len",), dict.fromkeys(targets, options)
+    return cases

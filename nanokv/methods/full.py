@@ -27,6 +27,16 @@ class Full(Storage):
     def store(self, k, v, x):
         self.kv.append(k=k.flatten(0, 1), v=v.flatten(0, 1))
 
+    def store_rotated(self, k, v, pos):
+        R, T = self.cache.n_rows, k.shape[2]
+        if not self.kv.data or pos.dim() > 2:  # the buffers come with the first entries; pads have no angle
+            return False
+        slot = torch.tensor(self.kv.grow(T), device=k.device)
+        pos = pos.clamp(min=0)[:, None].expand(*k.shape[:3]).reshape(R, T)
+        kv = k.flatten(0, 1), v.flatten(0, 1)
+        kernels.launch("rope_append", *kv, *self.cache.rope.halves(), pos, self.kv.data["k"], self.kv.data["v"], slot)
+        return True
+
     def read(self):
         k, v = self.kv["k"], self.kv["v"]
         return k.view(self.cache.B, -1, *k.shape[1:]), v.view(self.cache.B, -1, *v.shape[1:])
@@ -50,16 +60,14 @@ class Full(Storage):
         self.kv.trim()
 
     def attend_triton(self, q, pos, probs):
-        c, R, hidden = self.cache, self.cache.n_rows, kernels.masking(self.cache, q, pos)
-        args = kernels.rows(q, R), self.kv.data["k"], self.kv.data["v"], kernels.places(self.kv, q.device)
-        args += (kernels.lengths(self.kv.n, q.device),)
-        more = {"scale": q.shape[-1] ** -0.5, "most": c.size, "probs": probs, **hidden}
-        if c.renumbers and not hidden:  # slots are numbered 0, 1, ... in every row
-            more["pos"] = torch.arange(c.size, dtype=torch.int32, device=q.device)
-            more["col_start"] = kernels.on_device((0,) * R, torch.int64, q.device)
+        c, dev = self.cache, q.device
+        args = [kernels.rows(q, c.n_rows), self.kv.data["k"], self.kv.data["v"], kernels.places(self.kv, dev)]
+        args += [kernels.lengths(self.kv.n, dev)]
+        more = kernels.masking(c, q, pos, always=c.renumbers)
         if c.renumbers:  # keys are held un-rotated
-            args += c.rope.halves()
-        out = kernels.launch("decode_rope" if c.renumbers else "decode", *args, **more)
+            more["cos"], more["sin"] = c.rope.halves()
+        kernel = "decode_rope" if c.renumbers else "decode"
+        out = kernels.launch(kernel, *args, scale=q.shape[-1] ** -0.5, most=c.size, probs=probs, **more)
         o, p = out if probs else (out, None)
         return kernels.heads(o, q), kernels.heads(p, q)
 

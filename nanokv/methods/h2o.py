@@ -29,6 +29,8 @@ class H2O(Policy):
     of the budget if below 1, else a number; reduce: over a query group, mean, max or sum; n_sink: only with normalize.
     """
 
+    early = True
+
     def __init__(self, budget: int = 512, recent: float = 0.5, reduce: str = "mean", normalize: bool = False,
                  n_sink: int = 4, decode_update: bool = True):  # fmt: skip
         n_recent = int(recent) if recent >= 1 else round(recent * budget)

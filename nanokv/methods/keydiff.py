@@ -41,7 +41,8 @@ class KeyDiff(Policy):
             if not ok:
                 raise ValueError(f"keydiff: {name} must be {what}, got {value}")
         self.budget, self.n_sink, self.window, self.decode_update = budget, n_sink, window, decode_update
-        self.chunk, self.padded = block or None, not block  # where a block ends decides what later ones see
+        self.chunk, self.early = block or None, block > 0
+        self.padded = not block  # where a block ends decides what later ones see
 
     def most(self, prompt, new):
         return min(prompt + new, self.budget) if self.decode_update else min(prompt, self.budget) + new

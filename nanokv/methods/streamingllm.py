@@ -29,6 +29,7 @@ class StreamingLLM(Policy):
         if budget <= n_sink:
             raise ValueError(f"streamingllm: budget must be at least n_sink + 1 = {n_sink + 1}, got {budget}")
         self.budget, self.n_sink, self.renumbers = budget, n_sink, reindex
+        self.early = reindex
         self.padded = not reindex  # where a part of the prompt ends decides what its tokens see
         self.chunk = max(1, (budget - n_sink) // 4) if reindex else None
 
@@ -44,5 +45,5 @@ class StreamingLLM(Policy):
             cache.keep_ends(self.n_sink, self.budget - n_new - self.n_sink)
 
     def __call__(self, cache, q, pos):
-        if cache.phase == "last" or q.shape[2] > 1:
+        if cache.phase == "last" or (cache.phase == "decode" and q.shape[2] > 1) or self.renumbers:
             cache.keep_ends(self.n_sink, self.budget - self.n_sink)

@@ -32,5 +32,5 @@ class Window(Policy):
             cache.keep_ends(0, self.budget - n_new)
 
     def __call__(self, cache, q, pos):
-        if cache.phase == "last" or q.shape[2] > 1:
+        if cache.phase != "prompt":
             cache.keep_ends(0, self.budget)

@@ -44,6 +44,8 @@ class XQuant(Storage):
 
     derived = ("bases",)
 
+    early = True
+
     def __init__(self, bits: int = 4, group: int = 64, mode: str = "auto"):
         if bits not in (2, 4, 8, 16) or mode not in ("auto", "latent", "x"):
             raise ValueError(f"xquant: bits must be 2, 4, 8 or 16, mode auto, latent or x, got {bits} and {mode}")

@@ -19,8 +19,7 @@ def guard(t: Tensor):
 
     The bands on both sides hold NaN (integers: bytes 0xFF), so that a kernel that reads them shows it in its result.
     """
-    flat = torch.empty(BAND + t.numel() + BAND, dtype=t.dtype, device=t.device)
-    poison(flat)
+    flat = poison(torch.zeros(BAND + t.numel() + BAND, dtype=t.dtype, device=t.device))
     inside = flat[BAND : BAND + t.numel()].view(t.shape)
     inside.copy_(t)
     before = _bytes(flat)

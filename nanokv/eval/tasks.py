@@ -1,0 +1,155 @@
+"""What caches are asked: English prose to go on with, and facts hidden in it to find again. All seeded, all offline.
+
+A retrieval sample is made of three parts: the context, in which the answer is hidden, the question, and the answer,
+which is scored token by token behind its forced beginning ("The secret code is "). *Agnostic*: the context is
+compressed before the question is seen, as when a document is read once for many questions. *Aware*: the question
+belongs to the prompt that is compressed, which flatters methods that look at the prompt's last queries.
+"""
+
+import random
+from dataclasses import dataclass
+
+LIMIT = 40960  # tokens of the text that samples are taken from
+SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+WORDS = [
+    "blue",
+    "red",
+    "green",
+    "white",
+    "black",
+    "yellow",
+    "purple",
+    "orange",
+    "grey",
+    "brown",
+    "pink",
+    "golden",
+    "silver",
+    "violet",
+    "scarlet",
+    "amber",
+]
+PLACES = ["warehouse", "station", "harbour", "library", "tower", "garden", "bridge", "mill", "castle", "school"]
+
+
+def corpus(tokenizer, path: str | None = None) -> list[int]:
+    """Return the tokens of a UTF-8 file, or of the standard library's documentation of the language."""
+    if path is None:
+        from pydoc_data.topics import topics
+
+        text = "\n\n".join(topics[k] for k in sorted(topics))
+    else:
+        with open(path, encoding="utf-8") as f:
+            text = f.read()
+    return tokenizer.encode(text[: 8 * LIMIT])[:LIMIT]
+
+
+def windows(n: int, context: int, tokens: int, count: int) -> list[int]:
+    """Return where `count` windows of context + tokens begin, spread evenly over n tokens. ValueError if none fits."""
+    if n < context + tokens:
+        raise ValueError(f"the text has {n} tokens, fewer than the {context + tokens} of one window")
+    step = (n - context - tokens) // max(1, count - 1)
+    return [w * step for w in range(count)]
+
+
+@dataclass
+class Sample:
+    """One retrieval question, in token ids; `depth` is where in the filler the answer lies, 0 to 1."""
+
+    task: str
+    depth: float
+    context: list
+    question: list
+    answer: list
+
+
+def _code(rng) -> str:
+    return str(rng.randrange(10000, 99999))
+
+
+def passkey(rng, depth):
+    """One secret code in prose."""
+    key = _code(rng)
+    return [(depth, f"\nThe secret code of the blue warehouse is {key}.\n")], "blue warehouse", key
+
+
+def needle(rng, depth):
+    """The same among four others, of other places, which are nearly what is asked for."""
+    facts = [(depth, "blue warehouse", _code(rng))]
+    for i, place in enumerate(rng.sample(PLACES[1:], 4)):
+        facts.append(((depth + (i + 1) / 5) % 1, f"{rng.choice(WORDS[1:])} {place}", _code(rng)))
+    return _facts(facts), "blue warehouse", facts[0][2]
+
+
+def multikey(rng, depth):
+    """Eight codes of the same kind of place, told apart by one word."""
+    colours = rng.sample(WORDS, 8)
+    facts = [((depth + i / 8) % 1, f"{c} warehouse", _code(rng)) for i, c in enumerate(colours)]
+    return _facts(facts), facts[0][1], facts[0][2]
+
+
+def multivalue(rng, depth):
+    """Two codes of one place, to be given in the order in which they were told."""
+    ends = sorted((depth, (depth + 0.5) % 1))
+    facts = [(at, "blue warehouse", _code(rng)) for at in ends]
+    a, b = (key for _, _, key in facts)
+    pieces = [(at, f"\nA secret code of the {name} is {key}.\n") for at, name, key in facts]
+    return pieces, "blue warehouse, both of them in order", f"{a} and {b}"
+
+
+def recall(rng, depth):
+    """A dictionary of twelve codes in one place."""
+    names = [f"{c} {p}" for c, p in zip(rng.sample(WORDS, 12), rng.choices(PLACES, k=12), strict=True)]
+    codes = [_code(rng) for _ in names]
+    i = rng.randrange(12)
+    return (
+        [(depth, "\n" + "".join(f"The secret code of the {n} is {c}.\n" for n, c in zip(names, codes, strict=True)))],
+        names[i],
+        codes[i],
+    )
+
+
+def tracking(rng, depth):
+    """A chain of three: the code that was asked for is another's, which is another's."""
+    a, b = rng.sample(WORDS[1:], 2)
+    key = _code(rng)
+    told = [f"{a} warehouse is {key}", f"{b} warehouse is that of the {a} warehouse"]
+    chain = [f"The secret code of the {what}." for what in (*told, f"blue warehouse is that of the {b} warehouse")]
+    return [((depth + i / 3) % 1, f"\n{line}\n") for i, line in enumerate(chain)], "blue warehouse", key
+
+
+def _facts(facts):
+    return [(at, f"\nThe secret code of the {name} is {key}.\n") for at, name, key in facts]
+
+
+TASKS = {f.__name__: f for f in (passkey, needle, multikey, multivalue, recall, tracking)}
+
+
+def sample(task: str, tokenizer, text: list[int], length: int, depth: float, rng: random.Random) -> Sample:
+    """Return one question of about `length` tokens in all, with a filler from a random place of `text`."""
+    if task == "passkey":  # in this order, so that seeds of other tools give the same numbers
+        key, start = _code(rng), rng.randrange(0, len(text) - length)
+        pieces, asked = [(depth, f"\nThe secret code of the blue warehouse is {key}.\n")], "blue warehouse"
+    else:
+        pieces, asked, key = TASKS[task](rng, depth)
+        start = rng.randrange(0, len(text) - length)
+    head = tokenizer.encode(f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n")
+    question = f"\nWhat is the secret code of the {asked}?<|im_end|>\n<|im_start|>assistant\n"
+    question += f"The secret code of the {asked} is "
+    question, answer = tokenizer.encode(question), tokenizer.encode(key)
+    told = [(at, tokenizer.encode(piece)) for at, piece in sorted(pieces, key=lambda p: p[0])]
+    n = length - len(head) - len(question) - len(answer) - sum(len(ids) for _, ids in told)
+    if n < 0:
+        raise ValueError(f"{task} needs more than {length} tokens")
+    filler, context, done = text[start : start + n], list(head), 0
+    for at, ids in told:
+        cut = int(at * n)
+        context += filler[done:cut] + ids
+        done = cut
+    return Sample(task, depth, context + filler[done:], question, answer)
+
+
+def samples(task: str, tokenizer, text: list[int], length: int, count: int, seed: int | None = None) -> list[Sample]:
+    """Return `count` questions at evenly spread depths."""
+    rng = random.Random(length if seed is None else seed)
+    return [sample(task, tokenizer, text, length, (i + 0.5) / count, rng) for i in range(count)]

@@ -1,0 +1,145 @@
+"""Time the decode kernels on a GPU: python -m nanokv.kernels.bench
+
+Kernels and PyTorch's scaled_dot_product_attention take turns on the same random cache; medians of CUDA events; the
+bytes a kernel needs to read, over its time, as a share of the bandwidth measured in the same run.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from rich import box
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+SHAPES = {"SmolLM2-135M": (3, 3, 64), "Llama-3-8B": (4, 8, 128)}  # query heads per KV head, KV heads, head_dim
+
+
+def contestants(model: str, T: int, B: int, dtype, device) -> dict:
+    """Return name -> (function of nothing, bytes it has to read) for one shape."""
+    from nanokv.kernels.decode import decode_triton
+    from nanokv.kernels.decode_kivi import decode_kivi_triton
+    from nanokv.quant import PerChannel, PerToken
+
+    (G, Hkv, D), generator = SHAPES[model], torch.Generator(device).manual_seed(0)
+    R, scale = B * Hkv, D**-0.5
+
+    def noise(*shape):
+        return torch.randn(*shape, device=device, dtype=dtype, generator=generator)
+
+    q, k, v = noise(R, G, D), noise(R, T, D), noise(R, T, D)
+    start, length = torch.arange(R, device=device) * T, torch.full((R,), T, dtype=torch.int32, device=device)
+    whole = k.nbytes + v.nbytes
+    q4, k4, v4 = (x.view(B, -1, x.shape[-2], D) for x in (q.view(B, Hkv * G, 1, D), k, v))
+    out = {
+        "sdpa": (lambda: F.scaled_dot_product_attention(q4.view(B, Hkv * G, 1, D), k4, v4, enable_gqa=True), whole),
+        "decode": (
+            lambda: decode_triton(q, k.flatten(0, 1), v.flatten(0, 1), start, length, scale=scale, most=T),
+            whole,
+        ),
+    }
+    for keep in (4,):
+        n = T // keep
+        short = length // keep
+        out[f"decode, 1/{keep} kept"] = (
+            lambda n=n, short=short: decode_triton(
+                q, k.flatten(0, 1), v.flatten(0, 1), start, short, scale=scale, most=n
+            ),
+            whole // keep,
+        )
+    for bits in (4, 2):
+        keys, values, n = PerChannel(R, bits, 32), PerToken(R, bits, 32), T // 32 * 32
+        keys.add(list(range(R)), k[:, :n])
+        values.add(list(range(R)), v[:, :n])
+        at = {"k_start": _starts(keys.rows, device), "v_code_start": _starts(values.codes, device),
+              "v_stat_start": _starts(values.stats, device)}  # fmt: skip
+        n_, none = (
+            torch.full((R,), n, dtype=torch.int32, device=device),
+            torch.zeros(R, dtype=torch.int64, device=device),
+        )
+        fields = {
+            "k_code": keys.rows.data["code"], "k_scale": keys.rows.data["scale"], "k_low": keys.rows.data["low"],
+            "v_code": values.codes.data["code"], "v_scale": values.stats.data["scale"],
+            "v_low": values.stats.data["low"], "k_len": n_, "v_len": n_, "k_new": noise(16, D), "k_new_start": none,
+            "v_new": noise(16, D), "v_new_start": none, "length": n_, **at,
+        }  # fmt: skip
+        held = sum(keys.rows.used(f) for f in ("code", "scale", "low")) + values.codes.used() + values.stats.used()
+        out[f"kivi {bits}-bit"] = (
+            lambda fields=fields, bits=bits, n=n: decode_kivi_triton(
+                q, **fields, bits=bits, group=32, scale=scale, most=n
+            ),
+            held,
+        )
+    return out
+
+
+def _starts(rows, device):
+    return torch.tensor([s + rows.skip for s in rows.start], device=device)
+
+
+def time_all(field: dict, rounds: int) -> dict[str, float]:
+    """Return the median microseconds of each contestant; they take turns."""
+    times = {name: [] for name in field}
+    for run, _ in field.values():  # compile
+        run()
+    for _ in range(rounds):
+        for name, (run, _) in field.items():
+            a, b = (torch.cuda.Event(enable_timing=True) for _ in "ab")
+            a.record()
+            run()
+            b.record()
+            b.synchronize()
+            times[name].append(a.elapsed_time(b) * 1e3)
+    return {name: statistics.median(t) for name, t in times.items()}
+
+
+def main(argv=None) -> int:
+    """Run the command line; return its exit code."""
+    parser = argparse.ArgumentParser(prog="python -m nanokv.kernels.bench", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--contexts", nargs="+", type=int, default=[4096, 32768])
+    parser.add_argument("--batch", nargs="+", type=int, default=[1, 16])
+    parser.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), default="float16")
+    parser.add_argument("--rounds", type=int, default=50)
+    parser.add_argument("--json", metavar="FILE")
+    args = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        print(
+            "bench: error: this needs a GPU; python -m nanokv.kernels.report computes costs without one",
+            file=sys.stderr,
+        )
+        return 2
+    from nanokv.eval.speed import bandwidth
+
+    device, records = torch.device("cuda"), []
+    peak = bandwidth(device, 2048)
+    work = [(m, T, B) for m in SHAPES for T in args.contexts for B in args.batch]
+    for model, T, B in track(work, "timing", console=Console(stderr=True), transient=True):
+        field = contestants(model, T, B, getattr(torch, args.dtype), device)
+        for name, us in time_all(field, args.rounds).items():
+            share = field[name][1] / (us * 1e-6) / peak
+            records.append({"model": model, "context": T, "batch": B, "name": name, "us": us, "share": share})
+    about = {"gpu": torch.cuda.get_device_name(), "bandwidth": peak, "torch": torch.__version__, "dtype": args.dtype}
+    table = Table(title=f"{about['gpu']}, {peak / 1e9:.0f} GB/s read, {args.dtype}, medians", box=box.SIMPLE)
+    for column in ("model", "context", "batch", "kernel", "us", "x sdpa", "of the bandwidth"):
+        table.add_column(column, justify="left" if column in ("model", "kernel") else "right")
+    for r in records:
+        base = next(
+            x["us"] for x in records if x["name"] == "sdpa" and all(x[k] == r[k] for k in ("model", "context", "batch"))
+        )
+        table.add_row(r["model"], f"{r['context']:,}", str(r["batch"]), r["name"], f"{r['us']:.1f}",
+                      f"{base / r['us']:.2f}", f"{r['share']:.0%}")  # fmt: skip
+    Console(width=max(100, Console().width)).print(table)
+    if args.json:
+        part = Path(args.json + ".part")
+        part.write_text(json.dumps({"about": about, "records": records}, indent=1))
+        part.replace(args.json)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

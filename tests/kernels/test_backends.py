@@ -1,0 +1,105 @@
+"""The switch between PyTorch and Triton, and that users' text does not depend on it."""
+
+import interpret  # noqa: F401
+import pytest
+import tiny
+import torch
+
+from nanokv import KVCache, kernels
+from nanokv.engine import generate
+
+SPECS = [
+    "full",
+    "kivi(bits=2,residual=32)",
+    "kivi(bits=4,residual=32)",
+    "streamingllm(budget=40)",
+    "streamingllm(budget=40,reindex=False)",
+    "h2o(budget=40)",
+    "adakv(budget=30,window=8)",
+    "keepkv(budget=40)",
+    "pca(rank=24)",
+    "xquant",
+    "h2o(budget=50)+kivi(residual=32)",
+    "cake(budget=40,window=8)",
+]
+
+
+@pytest.fixture(autouse=True)
+def as_before():
+    yield
+    kernels.use("auto")
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_greedy_text_is_the_same(spec):
+    m = tiny.model(head_dim=64, n_layers=2)
+    text, out = tiny.ids(90)[0].tolist(), []
+    for backend in ("torch", "triton"):
+        with kernels.use(backend):
+            out.append(list(generate(m, KVCache(m, spec), text, max_new_tokens=14)))
+            assert kernels.used() == backend
+    assert out[0] == out[1]
+
+
+@pytest.mark.parametrize(
+    "spec", ["full", "kivi(residual=32)", "streamingllm(budget=40)", "h2o(budget=40)", "pca(rank=24)"]
+)
+@pytest.mark.parametrize("model", [{"G": 1}, {"windows": (24, None)}], ids=str)
+def test_logits_are_the_same_for_other_models_batches_and_several_tokens_at_once(spec, model):
+    m, logits = tiny.model(head_dim=64, **model), []
+    text = tiny.ids(70, batch=2)
+    for backend in ("torch", "triton"):
+        cache = KVCache(m, spec)
+        with kernels.use(backend):
+            tiny.feed(m, cache, text[:, :60], chunk=9 if "streaming" in spec else None)
+            out = [m(text[:, i : i + 1], cache) for i in range(60, 64)]
+            with cache.decoding():
+                logits.append(torch.cat([*out, m(text[:, 64:68], cache)], 1))
+    assert tiny.rms(logits[1], logits[0]) < 2e-5  # fp32, sums in another order, two layers
+
+
+def test_both_goes_on_with_pytorch_and_tells_the_difference():
+    m, caches = tiny.model(head_dim=64), []
+    for backend in ("torch", "both"):
+        with kernels.use(backend):
+            caches.append(KVCache(m, "kivi(residual=32)"))
+            out = list(generate(m, caches[-1], tiny.ids(80)[0].tolist(), max_new_tokens=5))
+    assert kernels.used() == "torch+triton" and len(out) == 5
+    assert caches[0].layers[0].difference == 0 < caches[1].layers[0].difference < 1e-4
+
+
+def test_both_sees_a_wrong_kernel(monkeypatch):
+    m, launch = tiny.model(head_dim=64), kernels.launch
+    monkeypatch.setattr(kernels, "launch", lambda *a, **o: launch(*a, **o) * 1.01)
+    with kernels.use("both"):
+        cache = KVCache(m)
+        list(generate(m, cache, tiny.ids(30)[0].tolist(), max_new_tokens=3))
+    assert min(c.difference for c in cache.layers) > 1e-3
+
+
+def test_auto_is_pytorch_on_a_cpu():
+    m = tiny.model()
+    with kernels.use("auto"):
+        list(generate(m, KVCache(m), [1, 2, 3], max_new_tokens=3))
+        assert kernels.used() == "torch"
+
+
+def test_use_is_a_function_and_a_block():
+    kernels.use("torch")
+    with kernels.use("triton"):
+        assert kernels.backend() == "triton"
+    assert kernels.backend() == "torch"
+    with pytest.raises(ValueError, match="auto, torch, triton, both"):
+        kernels.use("cuda")
+    assert kernels.backend() == "torch"
+
+
+def test_what_no_kernel_can_do_is_an_error_and_no_silent_replacement(monkeypatch):
+    m = tiny.model(head_dim=64)
+    with kernels.use("triton"):
+        cache = KVCache(m, "streamingllm(budget=60)+kivi(residual=32)")
+        with pytest.raises(NotImplementedError, match="rotates"):
+            list(generate(m, cache, tiny.ids(100)[0].tolist(), max_new_tokens=3))
+        monkeypatch.delenv("TRITON_INTERPRET")
+        with pytest.raises(NotImplementedError, match="need a GPU"):
+            list(generate(m, KVCache(m), tiny.ids(10)[0].tolist(), max_new_tokens=3))
