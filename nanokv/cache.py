@@ -805,7 +805,7 @@ class KVCache:
             self._forced = None
 
     def adopt(self, other: KVCache) -> None:
-        """Begin with the part of a prompt that `other`, a full cache of the same model, has read, instead of reading it.
+        """Begin with the part of a prompt that `other`, a full cache of the same model, has read; do not read it again.
 
         For methods that leave a prompt alone until its last pass, which must bring as many tokens as they observe.
         Call it inside `prompt`, declared for the tokens still to come. NotImplementedError for other methods.

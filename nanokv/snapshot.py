@@ -16,10 +16,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-FORMAT = "1"
+FORMAT = "2"
 ZEROS = b"0" * 64
 # what a LayerCache knows beside its tensors
-LAYER = ("n_slots", "counts", "fills", "same", "notes", "_settled", "B", "n_rows")
+LAYER = ("n_slots", "counts", "fills", "same", "_settled", "B", "n_rows")
 
 
 def fingerprint(model) -> str:
@@ -97,7 +97,7 @@ def _checksum(f) -> tuple[bytes, bytes, int]:
 
 def _layer_state(layer, name: str, tensors: dict) -> dict:
     state = {k: getattr(layer, k) for k in LAYER}
-    return state | {k: _encode(getattr(layer, k), f"{name}.{k}", tensors) for k in ("slots", "storage")}
+    return state | {k: _encode(getattr(layer, k), f"{name}.{k}", tensors) for k in ("slots", "storage", "notes")}
 
 
 def _restore_layer(layer, saved: dict, tensors: dict, device) -> None:
@@ -106,6 +106,7 @@ def _restore_layer(layer, saved: dict, tensors: dict, device) -> None:
         setattr(layer, k, saved[k])
     for k in ("slots", "storage"):
         _decode(saved[k], tensors, getattr(layer, k))
+    layer.notes = _decode(saved["notes"], tensors)
 
 
 def _encode(value, name: str, tensors: dict):

@@ -25,6 +25,7 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+COMPUTES = re.compile("MMA|FFMA|FMUL|HFMA2")
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -44,7 +45,7 @@ def compile(fn, types: dict, constants: dict, target: str, aligned: tuple = (), 
 def cost(compiled) -> dict:
     """Return registers, spills, shared (bytes), loads (bytes per thread -> count), mma, loop and instructions.
 
-    `loop` counts the instructions of the longest loop that computes, per warp and iteration.
+    `loop` counts the instructions of the longest innermost loop that computes, per warp and iteration.
     """
     return (_nvidia if "cubin" in compiled.asm else _amd)(compiled)
 
@@ -63,20 +64,19 @@ def _nvidia(compiled) -> dict:
         elif instruction := re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
             code.append(instruction[1])
     names = Counter(re.sub(r"^@!?U?P\w+\s+", "", x).split()[0] for x in code)
-    loops = [0]
+    loops = []
     for i, x in enumerate(code):
         back = re.search(r"BRA.*?`\((\.L_x_\d+)\)", x)
-        if back and places.get(back[1], i) < i - 1:
-            body = code[places[back[1]] : i + 1]
-            if re.search("MMA|FFMA|FMUL|HFMA2", " ".join(body)):
-                loops.append(len(body))
+        if back and places.get(back[1], i) < i - 1 and COMPUTES.search(" ".join(code[places[back[1]] : i + 1])):
+            loops.append((places[back[1]], i + 1))
+    inner = [b - a for a, b in loops if not any(a <= c and d <= b and (a, b) != (c, d) for c, d in loops)]
     return {
         "registers": registers,
         "spills": sum(n for x, n in names.items() if re.match("LDL|STL", x)) + stack + local,
         "shared": compiled.metadata.shared,
         "loads": _ptx_loads(compiled.asm["ptx"]),
-        "mma": sum(n for x, n in names.items() if "MMA" in x),
-        "loop": max(loops),
+        "mma": sum(n for x, n in names.items() if "MMA" in x and not x.startswith("HFMA2")),  # which loads constants
+        "loop": max(inner, default=0),
         "instructions": len(code),
         "names": names,
     }

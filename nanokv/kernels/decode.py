@@ -281,9 +281,11 @@ def blocks(dtype, M: int, D: int, DV: int, tile: int = 2**14, amd: bool = torch.
     BD, BDV = (max(16, triton.next_power_of_2(n)) for n in (D, DV))
     BM = max(16 if amd else 8, triton.next_power_of_2(M))
     width = max(BD, BDV) * dtype.itemsize  # bytes of an entry's key or value
-    BT = max(16 if width > 512 else 32, min(128, tile // width) * 8 // max(8, triton.next_power_of_2(M)))
+    most = 128 if dtype.itemsize < 4 else 64
+    BT = max(16 if width > 512 else 32, min(most, tile // width) * 8 // max(8, triton.next_power_of_2(M)))
+    warps = 2 if BM * BDV <= 2048 else 4 if BM * BDV <= 4096 or amd else 8
     return {"M": M, "D": D, "DV": DV, "BM": BM, "BD": BD, "BDV": BDV, "BT": BT,
-            "num_warps": 2 if BM * BDV <= 2048 else 4, "num_stages": 1 if amd else 2}  # fmt: skip
+            "num_warps": warps, "num_stages": 1 if amd else 2}  # fmt: skip
 
 
 def results(o, lse, p):
@@ -329,7 +331,7 @@ def aot_cases() -> dict:
     return cases
 
 
-def aot_case(name: str, kernel, dtype, M: int, D: int, DV: int, types: dict | None = None, tile: int = 2**14,
+def aot_case(name: str, kernel, dtype, M: int, D: int, DV: int, types: dict | None = None, sizes=None,
              **constants) -> dict:  # fmt: skip
     """Return the cases of a split kernel, for NVIDIA and AMD; constants not given are those of the plain path."""
     t = f"*{TYPES[dtype]}"
@@ -342,8 +344,8 @@ def aot_case(name: str, kernel, dtype, M: int, D: int, DV: int, types: dict | No
     title += "".join(f" {n.split('_')[-1].lower()}" for n, on in constants.items() if on is True)
     cases = {}
     for suffix, targets in (("", NVIDIA), (" (AMD)", ("gfx942",))):
-        sizes = blocks(dtype, M, D, DV, tile, bool(suffix))
-        options = {n: sizes.pop(n) for n in ("num_warps", "num_stages")}
-        values = sizes | {"ROW_K": D, "ROW_V": DV} | flags | constants
+        own = (sizes or blocks)(dtype, M, D, DV, amd=bool(suffix))
+        options = {n: own.pop(n) for n in ("num_warps", "num_stages")}
+        values = own | {"ROW_K": D, "ROW_V": DV} | flags | constants
         cases[title + suffix] = kernel, every, values, ("split_len",), dict.fromkeys(targets, options)
     return cases

@@ -256,27 +256,32 @@ def blocks(dtype, bits: int, group: int, M: int, D: int, amd: bool = torch.versi
     """Return the sizes the split kernel is compiled for: those of the problem, of its tiles, warps and stages."""
     BM = max(16 if amd else 8, triton.next_power_of_2(M))
     BD = triton.next_power_of_2(D)
-    BT = 256 * 64 // BD if dtype != torch.float32 else 64
-    return {"M": M, "BM": BM, "D": D, "BD": BD, "BG": max(1, BT // group), "num_warps": 4, "num_stages": 1,
+    BT, warps = 128, 4  # the largest tiles of tokens that fit the registers of every GPU: they spend least per token
+    if dtype == torch.float32:
+        BT, warps = (128 if BM * BD <= 512 and bits == 8 else 64, 4) if BM * BD <= 2048 else (32, 8)
+    elif BM * BD > 2048:
+        BT, warps = 64, 8
+    elif bits == 2 and BD <= 64 and BM <= 8 and dtype == torch.float16:
+        BT = 256
+    return {"M": M, "BM": BM, "D": D, "BD": BD, "BG": max(1, BT // group), "num_warps": warps, "num_stages": 1,
             "WORK": tl.float32 if dtype == torch.float32 else tl.float16}  # fmt: skip
 
 
 def aot_cases() -> dict:
     """Return representative kernels to compile ahead of time: name -> (fn, types, constants, aligned, options)."""
-    cases = {}
-    for dtype in (torch.float16, torch.bfloat16, torch.float32):
-        for bits in (2, 4, 8):
-            for M, D in ((3, 64), (4, 128)):
-                cases[f"kivi {TYPES[dtype]} {bits}-bit D={D} M={M}"] = aot_case(dtype, bits, M, D)
     flags = {"HAS_POS": True, "HAS_WINDOW": True, "HAS_BIAS": True, "PROBS": True}
-    cases["kivi fp16 2-bit D=64 M=3 all"] = aot_case(torch.float16, 2, 3, 64, **flags)
-    cases["kivi fp16 2-bit D=96 M=8"] = aot_case(torch.float16, 2, 8, 96)
-    cases["kivi fp16 2-bit D=64 M=24"] = aot_case(torch.float16, 2, 24, 64)
-    cases["kivi fp16 2-bit D=128 M=64"] = aot_case(torch.float16, 2, 64, 128)
+    sizes = [(t, bits, M, D, {}) for t in TYPES for bits in (2, 4, 8) for M, D in ((3, 64), (4, 128))]
+    sizes += [(torch.float16, 2, M, D, {}) for M, D in ((8, 96), (24, 64), (64, 128))]
+    sizes += [(torch.float32, 4, 64, 128, {}), (torch.float16, 2, 3, 64, flags)]
+    cases = {}
+    for dtype, bits, M, D, more in sizes:
+        name = f"kivi {TYPES[dtype]} {bits}-bit D={D} M={M}" + " pos window bias probs" * bool(more)
+        for suffix, targets in (("", ("sm_80", "sm_90", "sm_100")), (" (AMD)", ("gfx942",))):
+            cases[name + suffix] = aot_case(dtype, bits, M, D, targets, **more)
     return cases
 
 
-def aot_case(dtype, bits: int, M: int, D: int, group: int = 32, **flags) -> tuple:
+def aot_case(dtype, bits: int, M: int, D: int, targets: tuple, group: int = 32, **flags) -> tuple:
     """Return one case of the split kernel; options maps a target to its num_warps and num_stages."""
     exact = f"*{TYPES[dtype]}"
     types = dict.fromkeys(("p_k_start", "p_v_code_start", "p_v_stat_start", "p_k_new_start", "p_v_new_start",
@@ -286,10 +291,8 @@ def aot_case(dtype, bits: int, M: int, D: int, group: int = 32, **flags) -> tupl
     types |= dict.fromkeys(("p_q", "p_k_new", "p_v_new"), exact)
     types |= dict.fromkeys(("p_bias", "p_acc", "p_lse", "p_s"), "*fp32") | {"scale": "fp32"}
     types |= dict.fromkeys(("window", "split_len", "n_splits", "most"), "i32")
-    options, sizes = {}, {}
-    for target in ("sm_80", "sm_90", "sm_100", "gfx942"):
-        sizes[target] = blocks(dtype, bits, group, M, D, target.startswith("gfx"))
-        options[target] = {n: sizes[target].pop(n) for n in ("num_warps", "num_stages")}
+    sizes = blocks(dtype, bits, group, M, D, amd=targets == ("gfx942",))
+    options = {n: sizes.pop(n) for n in ("num_warps", "num_stages")}
     constants = dict.fromkeys(("HAS_POS", "HAS_WINDOW", "HAS_BIAS", "PROBS"), False)
-    constants |= sizes["sm_80"] | {"BITS": bits, "GROUP": group} | flags
-    return kivi_split, types, constants, ("split_len",), options
+    constants |= sizes | {"BITS": bits, "GROUP": group} | flags
+    return kivi_split, types, constants, ("split_len",), dict.fromkeys(targets, options)

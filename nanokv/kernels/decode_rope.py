@@ -17,9 +17,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanokv.kernels.decode import HIDDEN, aot_case, blocks, decode_naive, fold, leave, run, weigh
+from nanokv.kernels.decode import HIDDEN, LIMIT, aot_case, blocks, decode_naive, fold, leave, run, weigh
 
 TILE = 2**13  # bytes of keys in a tile: half of decode's, because cosines and sines take registers too
+MOST = 16  # query rows at a time, for the same reason; if there are more, keys are read again
 
 
 def decode_rope_naive(q: Tensor, k: Tensor, v: Tensor, start: Tensor, length: Tensor, *, cos: Tensor, sin: Tensor,
@@ -107,10 +108,24 @@ def decode_rope_triton(q: Tensor, k: Tensor, v: Tensor, start: Tensor, length: T
     """
     if k.shape[1] % 2:
         raise NotImplementedError(f"decode_rope takes an even head_dim, not {k.shape[1]}")
-    own = blocks(k.dtype, q.shape[1], k.shape[1], v.shape[1], TILE)
+    if MOST < q.shape[1] <= LIMIT:
+        parts = zip(q.split(MOST, 1), q_pos.split(MOST, 1), strict=True)
+        parts = [decode_rope_triton(x, k, v, start, length, scale=scale, most=most, cos=cos, sin=sin, pos=pos, q_pos=at,
+                                    bias=bias, col_start=col_start, window=window, probs=probs, lse=lse, splits=splits)
+                 for x, at in parts]  # fmt: skip
+        return tuple(torch.cat(same, 1) for same in zip(*parts, strict=True)) if probs or lse else torch.cat(parts, 1)
+    own = sizes(k.dtype, q.shape[1], k.shape[1], v.shape[1])
     own |= {"p_cos": cos.contiguous(), "p_sin": sin.contiguous(), "n_pos": len(cos)}
     return run(decode_rope_split, own, q, k, v, start, length, scale=scale, most=most, pos=pos, q_pos=q_pos,
                bias=bias, col_start=col_start, window=window, probs=probs, lse=lse, splits=splits)  # fmt: skip
+
+
+def sizes(dtype, M: int, D: int, DV: int, **amd) -> dict:
+    """Return what `decode.blocks` does, for smaller tiles, and for twice the warps where there are many queries."""
+    own = blocks(dtype, M, D, DV, TILE, **amd)
+    if own["M"] > 8:
+        own["num_warps"] = 4
+    return own
 
 
 def aot_cases() -> dict:
@@ -121,7 +136,8 @@ def aot_cases() -> dict:
     for dtype, M, D, flags in (
         (torch.float16, 3, 64, {}), (torch.bfloat16, 3, 64, {}), (torch.float32, 3, 64, {}),
         (torch.float16, 8, 80, {}), (torch.float16, 8, 96, {}), (torch.float16, 4, 128, {}),
-        (torch.float16, 64, 128, {}), (torch.float32, 4, 128, {}), (torch.float16, 3, 64, every),
+        (torch.float32, 4, 128, {}), (torch.float16, 3, 64, every),
+        (torch.float16, 16, 128, every),
     ):  # fmt: skip
-        cases |= aot_case("decode_rope", decode_rope_split, dtype, M, D, D, types, TILE, HAS_POS=True, **flags)
+        cases |= aot_case("decode_rope", decode_rope_split, dtype, M, D, D, types, sizes, HAS_POS=True, **flags)
     return cases

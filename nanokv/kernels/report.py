@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import json
 import os
+import re
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -29,6 +30,10 @@ GPUS = {
     "H100": ("sm_90", 3.35e12, 132, 4, 1.755e9),
     "MI300X": ("gfx942", 5.30e12, 304, 4, 2.1e9),
 }
+# left out unless asked for: other types, sizes and packings of kernels that are in the table already
+RARE = re.compile(
+    r"bf16|8-bit|D=80|D=96|M=8|M=16|M=24|M=64|fp32 D=128|D=7|D=256|fp32 2-bit|fp32 4-bit D=128|^pack.*(4-bit|fp32|128)"
+)
 # query heads per KV head, KV heads, head_dim of the models in the second table
 MODELS = {"SmolLM2-135M": (3, 3, 64), "Llama-3-8B": (4, 8, 128)}
 
@@ -47,13 +52,24 @@ def measure(kernel: str, name: str, target: str) -> dict:
     from nanokv.kernels import aot
 
     fn, types, constants, aligned, options = _module(kernel).aot_cases()[name]
-    options = options.get(target) or options["hip" if target.startswith("gfx") else "cuda"]
+    options = options[_key(options, target)]
     out = aot.cost(aot.compile(fn, types, constants, target, aligned, **options))
-    out |= {"case": name, "target": target, "widest": max(out["loads"], default=0), "warps": options["num_warps"]}
-    if "BT" in constants and out["loop"]:
-        out["per_token"] = out["loop"] * options["num_warps"] / constants["BT"]
+    out |= {
+        "case": name.removesuffix(" (AMD)"),
+        "target": target,
+        "widest": max(out["loads"], default=0),
+        "warps": options["num_warps"],
+    }
+    tile = constants.get("BT") or constants.get("BG", 0) * constants.get("GROUP", 0)  # entries of an iteration
+    if tile and out["loop"]:
+        out["per_token"] = out["loop"] * options["num_warps"] / tile
     del out["names"]
     return out
+
+
+def _key(options: dict, target: str) -> str | None:
+    """Return under which name a case holds its options for a target; None: it is for other targets."""
+    return next((k for k in (target, "hip" if target.startswith("gfx") else "cuda") if k in options), None)
 
 
 def held(kind: str, D: int) -> float:
@@ -115,10 +131,9 @@ def tables(records: list[dict]) -> list[Table]:
     ):
         first.add_column(column, justify="left" if column in ("kernel", "target") else "right")
     for r in records:
-        first.add_row(
-            r["case"], r["target"], str(r["registers"]), str(r["spills"]), f"{r['shared'] / 1024:.0f}", str(r["widest"]),
-            str(r["loop"] or "-"), f"{r['per_token']:.1f}" if "per_token" in r else "-",
-        )  # fmt: skip
+        loop = f"{r['per_token']:.1f}" if "per_token" in r else "-"
+        sizes = f"{r['shared'] / 1024:.0f}", str(r["widest"]), str(r["loop"] or "-")
+        first.add_row(r["case"], r["target"], str(r["registers"]), str(r["spills"]), *sizes, loop)
     second = Table(title="Bound of one layer's attention, batch 1, fp16, microseconds (computed)", box=box.SIMPLE)
     rows = bounds(records)
     names = list(dict.fromkeys(r["cache"] for r in rows))
@@ -144,6 +159,7 @@ def main(argv=None) -> int:
     parser = argparse.ArgumentParser(prog="python -m nanokv.kernels.report", description=__doc__.split("\n\n")[0])
     parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=TARGETS)
     parser.add_argument("--only", metavar="TEXT", default="", help="kernels whose name contains this")
+    parser.add_argument("--all", action="store_true", help="rarer configurations too, some minutes")
     parser.add_argument("--json", metavar="FILE", help="- is standard output, without tables")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     args = parser.parse_args(argv)
@@ -153,7 +169,9 @@ def main(argv=None) -> int:
     if importlib.util.find_spec("triton") is None:
         print("report: error: Triton is not installed", file=sys.stderr)
         return 2
-    work = [(k, n, t) for n, k in cases().items() for t in args.targets if args.only in n]
+    options = {name: _module(kernel).aot_cases()[name][4] for name, kernel in cases().items()}
+    chosen = {n: k for n, k in cases().items() if args.only in n and (args.all or args.only or not RARE.search(n))}
+    work = [(k, n, t) for n, k in chosen.items() for t in args.targets if _key(options[n], t)]
     if not work:
         print(f"report: error: no kernel's name contains {args.only!r}", file=sys.stderr)
         return 2
