@@ -597,6 +597,7 @@ def measure(result: Result) -> dict[str, str]:
 def as_json(result: Result) -> dict:
     """Return everything about a run; times in seconds, memory in bytes."""
     job, n = result.job, len(result.tokens)
+    differ = [c.difference for c in result.cache.layers] if job.args.backend == "both" else None
     out = {
         "text": result.text, "tokens": result.tokens, "method": result.cache.spec, "model": job.args.model,
         "prompt_tokens": result.n_prompt, "new_tokens": n, "ended_by": result.ended, "seed": result.seed,
@@ -604,7 +605,7 @@ def as_json(result: Result) -> dict:
         "tokens_per_second": (n - 1) / result.decoding if n > 1 else None,
         "ledger": result.cache.ledger()["total"], "peak_memory": peak_memory(job.device),
         "dtype": str(job.dtype).removeprefix("torch."), "device": str(job.device), "threads": torch.get_num_threads(),
-        "backend": kernels.used() or "torch", "backends_differ": [c.difference for c in result.cache.layers],
+        "backend": kernels.used() or "torch", "backends_differ": differ,
     }  # fmt: skip
     if result.beside:
         out["compare"] = {"kl": result.beside.kl, "same_top_token": result.beside.same, "parted": result.beside.parted}

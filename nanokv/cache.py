@@ -296,7 +296,10 @@ class Storage(Method):
         """Compress what is stored; called at the end of every pass, after the policies."""
 
     def trim(self) -> None:
-        """Give spare memory back; called once the prompt is read."""
+        """Give spare memory back; called once the prompt is read. Rows that the storage itself holds are done here."""
+        for held in vars(self).values():
+            if isinstance(held, Rows):
+                held.trim()
 
     def attend(self, q: Tensor, pos: Tensor) -> Tensor:
         """Attend from rotated q (B, H, T, D) at pos to everything stored: (B, H, T, D)."""
@@ -321,12 +324,7 @@ class Storage(Method):
         c, R = self.cache, self.cache.n_rows
         k, v = (t.flatten(0, 2).contiguous() for t in c.read())  # (R * N, D)
         start = kernels.on_device(tuple(range(0, R * c.size, c.size)), torch.int64, q.device)
-        out = kernels.launch(
-            "decode", kernels.rows(q, R), k, v, start, kernels.lengths(c.n_slots, q.device), scale=q.shape[-1] ** -0.5,
-            most=c.size, probs=probs, **kernels.masking(c, q, pos),
-        )  # fmt: skip
-        o, p = out if probs else (out, None)
-        return kernels.heads(o, q), kernels.heads(p, q)
+        return kernels.step("decode", c, q, pos, probs, k, v, start, kernels.lengths(c.n_slots, q.device))
 
     def bytes(self) -> dict[str, int]:
         """Return the bytes in use by category: payload, scales, residual. What else is held is counted as unused."""
@@ -542,7 +540,15 @@ class LayerCache:
 
     def probs(self, q: Tensor, pos: Tensor) -> Tensor:
         """Return what rotated queries q (B, H, T, D) at pos attend to, as probabilities per slot, fp32 (B, H, T, N)."""
-        return attention.probs(q, self.read()[0], self.mask(pos))
+        return attention.probs(q, self.read()[0], self.mask(pos, newest=False))
+
+    def masked(self, s: Tensor, pos: Tensor) -> Tensor:
+        """Return logits s (R, G * T, N) of queries at pos with biases added, and -inf where an entry is not seen."""
+        add = self.mask(pos).additive()
+        if add is None:
+            return s
+        T, N = pos.shape[-1], s.shape[-1]
+        return (s.view(self.B, -1, s.shape[1] // T, T, N) + add[:, :, None]).view_as(s)
 
     def column_sums(self, q: Tensor, pos: Tensor, reduce: str = "mean", block: int = 128) -> Tensor:
         """Return the attention each slot gets from rotated queries q (B, H, T, D) in all: fp32 (B, Hkv, N).
@@ -643,6 +649,7 @@ class LayerCache:
     def _observe(self, q: Tensor, pos: Tensor) -> None:
         """Keep the prompt's last queries, un-rotated, across chunks."""
         if self.parent.observes and self.phase != "decode":
+            pos = pos[:, 0] if pos.dim() == 3 else pos  # where caches renumber, `observed` counts again
             if self._tail is not None:
                 q, pos = torch.cat([self._tail[0], q], 2), torch.cat([self._tail[1], pos], -1)
             n = self.parent.observes
@@ -812,6 +819,8 @@ class KVCache:
         """
         if stiff := [m.name for m in self.methods if m.early or m.renumbers]:
             raise NotImplementedError(f"{stiff[0]} must read a prompt from its beginning")
+        if any(self.config.windows) or other.pads:
+            raise NotImplementedError("a cache that has forgotten tokens already, or padding, cannot be taken over")
         for mine, its in zip(self.layers, other.layers, strict=True):
             mine._allocate(its.B, its.device)
             mine.storage.store(*its.read(), None)
@@ -894,7 +903,7 @@ def top(score: Tensor, n, among: Tensor) -> Tensor:
     score is fp32 (B, Hkv, N), n an int or integers (B, Hkv, 1), among bool, broadcastable.
     Ties go to the older slot.
     """
-    among = among.expand_as(score)
+    among, score = among.expand_as(score), score.nan_to_num(-torch.inf, torch.inf, -torch.inf)
     if score.device.type == "cpu" and (among.sum(-1, keepdim=True) - n).max() <= 1:  # as in decode steps: one goes
         return _all_but_one(score, n, among)
     order = torch.argsort(score, dim=-1, descending=True, stable=True)
@@ -909,3 +918,13 @@ def _all_but_one(score: Tensor, n, among: Tensor) -> Tensor:
     place = torch.arange(score.shape[-1], device=score.device)
     last = torch.where(among & (score <= lowest), place, -1).amax(-1, keepdim=True)
     return among & ((place != last) | (among.sum(-1, keepdim=True) <= n))
+
+
+def some(mask: Tensor, n: int) -> Tensor:
+    """Return n slots per row, int64 (B, Hkv, n), those of the mask (B, Hkv, N) first, in any order."""
+    return mask.byte().topk(n, sorted=False).indices
+
+
+def take(x: Tensor, index: Tensor) -> Tensor:
+    """Return slots index (B, Hkv, M) of x (B, Hkv, N, D): (B, Hkv, M, D)."""
+    return x.gather(2, index[..., None].expand(-1, -1, -1, x.shape[-1]))

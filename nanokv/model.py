@@ -48,7 +48,14 @@ class Config:
         return self.windows[layer] if self.windows else None
 
 
-class RMSNorm(nn.Module):
+class Light(nn.Module):
+    """A module whose call costs no more than its work for one token: hooks are looked for, and nothing else."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return super().__call__(x) if self._forward_hooks or self._forward_pre_hooks else self.forward(x)
+
+
+class RMSNorm(Light):
     """Scale x (..., E) to unit root mean square, in fp32, then by a learnt gain."""
 
     def __init__(self, size: int, eps: float):
@@ -61,8 +68,6 @@ class RMSNorm(nn.Module):
             return F.rms_norm(x, (n,), self.weight, self.eps)  # x / sqrt(mean(x^2) + eps) * weight
         # for CPUs PyTorch has a fused kernel of layer_norm only, which does the same to [x, -x], whose mean is 0
         return torch.layer_norm(torch.cat([x, -x], -1), (2 * n,), eps=self.eps)[..., :n] * self.weight
-
-    __call__ = forward
 
     def after(self, x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
         """Return x + delta (..., E) and that normalised."""
@@ -101,7 +106,7 @@ class RoPE:
         range_ = isinstance(pos, slice)
         if range_:
             pos = (pos.start, pos.stop)
-        key, dt, out = self._last[range_]
+        key, dt, out = self._last[range_]  # tensors of positions are never changed in place
         if dt is dtype and (key is pos or range_ and key == pos):  # the layers of one step ask for the same positions
             return out
         table = self._table[:, None, None, pos[0] : pos[1]] if range_ else self._table[:, pos]
@@ -141,7 +146,7 @@ def _scale_frequencies(inv: Tensor, scaling: dict | None) -> Tensor:
     return (1 - blend) * inv / factor + blend * inv
 
 
-class Linear(nn.Linear):
+class Linear(Light, nn.Linear):
     """A linear layer that turns a single row in bf16 into a matrix-vector product, which CPUs do much faster."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -149,8 +154,6 @@ class Linear(nn.Linear):
             y = torch.mv(self.weight, x.view(-1))
             return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], -1)
         return F.linear(x, self.weight, self.bias)
-
-    __call__ = forward
 
 
 class Attention(nn.Module):
@@ -178,7 +181,7 @@ class Attention(nn.Module):
         return self.o(o.transpose(1, 2).reshape(B, T, -1))
 
 
-class SwiGLU(nn.Module):
+class SwiGLU(Light):
     """down(silu(gate(x)) * up(x)), with gate and up in one matrix."""
 
     def __init__(self, c: Config):
@@ -192,8 +195,6 @@ class SwiGLU(nn.Module):
             return self.down(kernels.launch("swiglu", both))
         gate, up = both.chunk(2, dim=-1)
         return self.down(F.silu(gate) * up)
-
-    __call__ = forward
 
 
 class Block(nn.Module):

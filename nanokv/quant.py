@@ -5,6 +5,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from nanokv import kernels
 from nanokv.cache import Rows
 
 
@@ -14,7 +15,7 @@ def quantise(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
     Minimum and scale are rounded to fp16 first and codes computed with the rounded values, so that an element is off by
     at most scale / 2 plus that rounding. A constant group gets scale 1 and codes 0.
     """
-    x = x.float()
+    x = x.float().clamp(-65504, 65504)  # what fp16 can hold
     low, high = x.aminmax(dim=-1)
     low = low.half()
     base = low.float()
@@ -103,6 +104,11 @@ class PerChannel:
         s = torch.addcmul((low @ q.mT)[..., None], s, unshift(self.bits, self.group, q.device))
         return s.transpose(1, 2).flatten(2)
 
+    def for_kernel(self, device) -> dict[str, Tensor]:
+        """Return what the kernel decode_kivi must know about keys."""
+        fields = {f"k_{name}": self.rows.data[name] for name in ("code", "scale", "low")}
+        return fields | {"k_start": kernels.places(self.rows, device), "k_len": kernels.lengths(self.n, device)}
+
     def keep(self, mask: Tensor) -> None:
         """Drop the groups of which no token is kept; mask (R, t)."""
         self.rows.keep(mask.unflatten(1, (-1, self.group)).any(-1))
@@ -169,6 +175,19 @@ class PerToken:
         o = (weighted.flatten(1, 2) @ codes).view(R, S, n, S, self.group)  # every scale with every group of channels,
         o = o.diagonal(dim1=1, dim2=3).transpose(2, 3)  # of which its own is wanted: (R, n, D/g, g)
         return (o + (p @ low.float())[..., None]).flatten(2)
+
+    def for_kernel(self, device) -> dict[str, Tensor]:
+        """Return what the kernel decode_kivi must know about values."""
+        starts = {
+            "v_code_start": kernels.places(self.codes, device),
+            "v_stat_start": kernels.places(self.stats, device),
+        }
+        fields = {
+            "v_code": self.codes.data["code"],
+            "v_scale": self.stats.data["scale"],
+            "v_low": self.stats.data["low"],
+        }
+        return starts | fields | {"v_len": kernels.lengths(self.n, device)}
 
     def keep(self, mask: Tensor) -> None:
         """Drop the tokens whose mask (R, t) is False; the codes of the others stay what they are."""

@@ -564,3 +564,45 @@ def _sorted_top(score, n, among):
         places = sorted(among[b, h].nonzero().flatten().tolist(), key=lambda i: (-score[b, h, i], i))
         out[b, h, places[: int(torch.as_tensor(n).expand(2, 1, 1)[b])]] = True
     return out
+
+
+@pytest.mark.parametrize("first", ["random(budget=60)", "knorm(budget=60)", "keydiff(budget=60)", "snapkv(budget=60)"])
+def test_queries_observed_after_another_policys_cut_see_what_their_positions_allow(first):
+    """Nothing is hidden then, but the queries are no longer those of the last slots."""
+    seen = []
+
+    class Look(Policy):
+        observes = 16
+
+        def __call__(self, cache, q, pos):
+            if cache.phase == "last":
+                q, pos = cache.observed()
+                k, _ = cache.read()
+                see = cache.pos[:, :, None] <= pos[:, None, :, None]
+                seen.append(tiny.rms(cache.probs(q, pos), probs(q, k, Mask(q.shape[2], k.shape[2], see=see))))
+
+    m = tiny.model()
+    tiny.feed(m, KVCache(m, [*methods.parse(first)[1], Look()]), tiny.ids(200), chunk=50)
+    assert len(seen) == 2 and max(seen) < 1e-6
+
+
+def test_observing_where_rows_differ_and_are_renumbered():
+    m = tiny.model()
+    cache = KVCache(m, "adakv(budget=30,window=8)+streamingllm(budget=60)")
+    tiny.feed(m, cache, tiny.ids(130), chunk=14)
+    assert tiny.feed(m, cache, tiny.ids(60), chunk=7).isfinite().all()
+
+
+def test_a_cache_that_forgot_is_not_adopted():
+    m = tiny.model(windows=(24, None))
+    base, cache = KVCache(m), KVCache(m)
+    tiny.feed(m, base, tiny.ids(60))
+    with pytest.raises(NotImplementedError, match="forgotten"):
+        cache.adopt(base)
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_a_score_that_is_no_number_is_the_lowest(n):
+    score = torch.tensor([[[1.0, torch.nan, 2.0, 3.0]]])
+    assert top(score, n, torch.ones(1, 1, 4, dtype=torch.bool)).sum() == n
+    assert not top(score, n, torch.ones(1, 1, 4, dtype=torch.bool))[0, 0, 1]

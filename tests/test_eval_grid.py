@@ -65,8 +65,9 @@ def test_order_chunks_and_company_change_nothing(m):
 @pytest.mark.parametrize(
     "spec", ["snapkv(budget=50)", "kivi(residual=32)", "h2o(budget=60)", "streamingllm(budget=60)"]
 )
-def test_sharing_the_prompt_is_reading_it(m, spec):
-    ids = tiny.ids(300)
+@pytest.mark.parametrize("windows", [(), (24, None)])
+def test_sharing_the_prompt_is_reading_it(spec, windows):
+    m, ids = tiny.model(context=1024, windows=windows), tiny.ids(300)
     mine, alone = score.Prompt(m, ids, chunk=64).read(spec), KVCache(m, spec)
     score.prefill(m, alone, ids)
     a, b = m(tiny.ids(1), mine), m(tiny.ids(1), alone)
@@ -124,6 +125,8 @@ def test_windows_are_spread_evenly_and_a_short_text_is_refused():
     assert tasks.windows(1000, 80, 20, 4) == [0, 300, 600, 900]
     with pytest.raises(ValueError, match="fewer than"):
         tasks.windows(99, 80, 20, 4)
+    with pytest.raises(ValueError, match="windows need"):  # which would score the same tokens twice
+        tasks.windows(150, 80, 20, 4)
 
 
 def test_a_text_file_replaces_the_documentation(tmp_path):

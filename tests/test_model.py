@@ -119,3 +119,11 @@ def test_default_model_greedy_text_equals_transformers(smollm2, smollm2_peer):
     with torch.inference_mode():
         want = smollm2_peer[0].generate(torch.tensor([ids]), max_new_tokens=200, min_new_tokens=200, do_sample=False)
     assert list(generate(model, KVCache(model), ids, 200)) == want[0, len(ids) :].tolist()
+
+
+def test_hooks_and_subclasses_are_heard():
+    m, heard = tiny.model(), []
+    for module in (m.layers[0].attn.qkv, m.layers[0].ffn_norm, m.layers[1].ffn, m.layers[1]):
+        module.register_forward_hook(lambda *_: heard.append(1))
+    m(tiny.ids(3), KVCache(m))
+    assert len(heard) == 4

@@ -31,7 +31,7 @@ class Prompt:
         """Return a cache of `spec` that has read the prompt, with `more` (1, T) at its end, and compressed it."""
         ids = self.ids if more is None else torch.cat([self.ids, more], 1)
         cache = KVCache(self.model, spec)
-        late = self.split and not any(m.early or m.renumbers for m in cache.methods)
+        late = self.split and not any(m.early or m.renumbers for m in cache.methods) and not any(cache.config.windows)
         if not late or max(cache.observes, 1) > LAST:
             prefill(self.model, cache, ids)
             return cache

@@ -49,6 +49,8 @@ def windows(n: int, context: int, tokens: int, count: int) -> list[int]:
     if n < context + tokens:
         raise ValueError(f"the text has {n} tokens, fewer than the {context + tokens} of one window")
     step = (n - context - tokens) // max(1, count - 1)
+    if count > 1 and step < tokens:
+        raise ValueError(f"{count} windows need {context + tokens * count} tokens of text, there are {n}")
     return [w * step for w in range(count)]
 
 

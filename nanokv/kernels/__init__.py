@@ -3,10 +3,11 @@
     nanokv.kernels.use("triton")            # from here on
     with nanokv.kernels.use("torch"): ...   # in this block
 
-"auto", the default, takes Triton for tensors on a GPU and PyTorch elsewhere; "both" runs both on every decode step,
-goes on with PyTorch's result and notes the largest difference in `LayerCache.difference`. Kernels are for decode steps,
-of few queries; prompts are read through PyTorch's own attention under every backend. Under "triton" a case that no
-kernel supports raises NotImplementedError; under "auto" PyTorch takes it. `used()` says what ran.
+"auto", the default, takes Triton for tensors on a GPU and PyTorch elsewhere; "both" runs the attention of every decode
+step on both, goes on with PyTorch's result and notes the largest difference in `LayerCache.difference`. Kernels are for
+decode steps of few queries (ROWS per KV head); prompts, and passes of more, go through PyTorch's own attention under
+every backend. Under "triton" a step that no kernel supports raises NotImplementedError; under "auto" PyTorch takes it.
+`used()` says what ran.
 """
 
 import importlib
@@ -98,6 +99,23 @@ def _torch(storage, q, pos, probs):
 def launch(kernel: str, *args, **options):
     """Call the Triton side of a kernel of this folder, which is imported only now: Triton may not be installed."""
     return getattr(importlib.import_module(f"nanokv.kernels.{kernel}"), f"{kernel}_triton")(*args, **options)
+
+
+def step(kernel: str, cache, q: Tensor, pos: Tensor, probs: bool, *args, **options) -> tuple[Tensor, Tensor | None]:
+    """Launch a decode kernel for rotated q (B, H, T, D) at pos on a LayerCache; return o and the probabilities or None.
+
+    What the kernel shares with others comes from the cache; `args` and `options` say where its entries lie.
+    """
+    more = masking(cache, q, pos, always=kernel == "decode_rope") | options
+    scale, x = q.shape[-1] ** -0.5, rows(q, cache.n_rows)
+    out = launch(kernel, x, *args, scale=scale, most=cache.size, probs=probs, **more)
+    o, p = out if probs else (out, None)
+    return heads(o, q), heads(p, q)
+
+
+def where(held, device) -> tuple[Tensor, Tensor]:
+    """Return where the rows of a `Rows` begin, int64 (R,), and their slots, int32 (R,)."""
+    return places(held, device), lengths(held.n, device)
 
 
 @lru_cache(maxsize=256)  # the layers of a step share them

@@ -261,6 +261,8 @@ def blocks(dtype, bits: int, group: int, M: int, D: int, amd: bool = torch.versi
         BT, warps = (128 if BM * BD <= 512 and bits == 8 else 64, 4) if BM * BD <= 2048 else (32, 8)
     elif BM * BD > 2048:
         BT, warps = 64, 8
+    elif amd and bits == 2:
+        BT = 64
     elif bits == 2 and BD <= 64 and BM <= 8 and dtype == torch.float16:
         BT = 256
     return {"M": M, "BM": BM, "D": D, "BD": BD, "BG": max(1, BT // group), "num_warps": warps, "num_stages": 1,

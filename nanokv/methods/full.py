@@ -53,23 +53,16 @@ class Full(Storage):
         return live
 
     def slide(self, first, gone):
-        self.kv.slide(first, gone)
-        return True
-
-    def trim(self):
-        self.kv.trim()
+        if self.kv.equal:
+            self.kv.slide(first, gone)
+        return self.kv.equal
 
     def attend_triton(self, q, pos, probs):
-        c, dev = self.cache, q.device
-        args = [kernels.rows(q, c.n_rows), self.kv.data["k"], self.kv.data["v"], kernels.places(self.kv, dev)]
-        args += [kernels.lengths(self.kv.n, dev)]
-        more = kernels.masking(c, q, pos, always=c.renumbers)
-        if c.renumbers:  # keys are held un-rotated
-            more["cos"], more["sin"] = c.rope.halves()
-        kernel = "decode_rope" if c.renumbers else "decode"
-        out = kernels.launch(kernel, *args, scale=q.shape[-1] ** -0.5, most=c.size, probs=probs, **more)
-        o, p = out if probs else (out, None)
-        return kernels.heads(o, q), kernels.heads(p, q)
+        where = self.kv.data["k"], self.kv.data["v"], *kernels.where(self.kv, q.device)
+        if not self.cache.renumbers:
+            return kernels.step("decode", self.cache, q, pos, probs, *where)
+        cos, sin = self.cache.rope.halves()  # keys are held un-rotated
+        return kernels.step("decode_rope", self.cache, q, pos, probs, *where, cos=cos, sin=sin)
 
     def bytes(self):
         k = self.kv.data["k"]

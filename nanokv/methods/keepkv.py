@@ -27,7 +27,7 @@ import math
 
 import torch
 
-from nanokv.cache import Policy, top
+from nanokv.cache import Policy, some, take, top
 
 
 def merge(k, v, z, b, to, form="paper", q=None):
@@ -59,21 +59,11 @@ def pair(k, leave, stay, n_leave, threshold):
     whose key k has the highest cosine, if that is above threshold; else itself."""
     k = torch.nn.functional.normalize(k, dim=-1)
     to = torch.arange(k.shape[2], device=k.device).expand_as(leave).clone()
-    for part in _some(leave, n_leave).split(256, -1):
-        best, i = (_at(k, part) @ k.mT).masked_fill_(~stay[:, :, None], -torch.inf).max(-1)  # over (B, Hkv, 256, N)
+    for part in some(leave, n_leave).split(256, -1):
+        best, i = (take(k, part) @ k.mT).masked_fill_(~stay[:, :, None], -torch.inf).max(-1)  # over (B, Hkv, 256, N)
         merged = leave.gather(-1, part) & (best > threshold)
         to.scatter_(-1, part, torch.where(merged, i, part))
     return to
-
-
-def _some(mask, n):
-    """Return n slots per row (B, Hkv, n), those of the mask first, in any order."""
-    return mask.byte().topk(n, sorted=False).indices
-
-
-def _at(x, index):
-    """Take slots index (B, Hkv, M) of x (B, Hkv, N, D)."""
-    return x.gather(2, index[..., None].expand(-1, -1, -1, x.shape[-1]))
 
 
 class KeepKV(Policy):
@@ -138,18 +128,14 @@ class KeepKV(Policy):
         to = pair(k.float(), live & ~stay, stay, n_leave, self.threshold)
         grew = torch.zeros_like(to).scatter_add_(-1, to, torch.ones_like(to)) > 1  # something came
         place = torch.arange(to.shape[-1], device=to.device)
-        near = _some(
-            grew | (to != place), min(2 * n_leave, len(place))
-        )  # slots that go or grow, and no others' targets
+        near = some(grew | (to != place), min(2 * n_leave, len(place)))  # what goes or grows
         near_to = torch.zeros_like(to).scatter_(-1, near, place[: near.shape[-1]].expand_as(near))
         near_to = near_to.gather(-1, to.gather(-1, near))
-        some = grew.gather(-1, near)
-        k, v, new_b, mass = merge(
-            _at(k, near), _at(v, near), z.gather(-1, near), b.gather(-1, near), near_to, self.key_form, q
-        )
-        for name, new in (("bias", new_b), ("logS", mass - new_b + correct.gather(-1, near))):
+        grows, z, b, correct = (x.gather(-1, near) for x in (grew, z, b, correct))
+        k, v, b, mass = merge(take(k, near), take(v, near), z, b, near_to, self.key_form, q)
+        for name, new in (("bias", b), ("logS", mass - b + correct)):
             old = cache.column(name)
-            cache.set_column(name, old.scatter(-1, near, torch.where(some, new.to(old.dtype), old.gather(-1, near))))
+            cache.set_column(name, old.scatter(-1, near, torch.where(grows, new.to(old.dtype), old.gather(-1, near))))
         cache.set_column("votes", torch.zeros_like(votes).scatter_add_(-1, to, votes))
-        cache.write(torch.where(some, near, -1), k, v)
+        cache.write(torch.where(grows, near, -1), k, v)
         cache.keep(stay)

@@ -39,9 +39,7 @@ class KIVI(Storage):
 
     def check(self, config):
         if config.head_dim % self.group:
-            raise NotImplementedError(
-                f"kivi: group {self.group} does not divide the model's head_dim {config.head_dim}"
-            )
+            raise NotImplementedError(f"kivi: group {self.group} does not divide head_dim {config.head_dim}")
 
     @classmethod
     def exact(cls, config):
@@ -77,31 +75,19 @@ class KIVI(Storage):
         x = q.float().reshape(c.n_rows, -1, D) / D**0.5  # (R, G*T, D)
         s = x @ self.k_new["x"].float().mT
         s = torch.cat([self.k_old.dot(x), s], -1) if any(self.k_old.n) else s  # (R, G*T, N)
-        add = c.mask(pos).additive()
-        if add is not None:
-            s = s.view(B, -1, H * B // c.n_rows, T, c.size).add_(add[:, :, None]).view_as(s)
-        p, n = s.softmax(-1), self.v_old.n[0]
+        p, n = c.masked(s, pos).softmax(-1), self.v_old.n[0]
         return (self.v_old.mix(p[..., :n]) + p[..., n:] @ self.v_new["x"].float()).view(B, H, T, D).to(q.dtype)
 
     def attend_triton(self, q, pos, probs):
-        c, dev = self.cache, q.device
-        if c.renumbers:
-            raise NotImplementedError("kivi: no kernel rotates quantised keys, which renumbering needs")
-        if not any(self.v_old.n) and not any(self.k_old.n):  # nothing is quantised yet
+        if not any(self.v_old.n + self.k_old.n):  # nothing is quantised yet
             return super().attend_triton(q, pos, probs)
-        k, v, stats = self.k_old, self.v_old, self.v_old.stats
-        out = kernels.launch(
-            "decode_kivi", kernels.rows(q, c.n_rows), bits=self.bits, group=self.group, scale=q.shape[-1] ** -0.5,
-            k_code=k.rows.data["code"], k_scale=k.rows.data["scale"], k_low=k.rows.data["low"],
-            k_start=kernels.places(k.rows, dev), k_len=kernels.lengths(k.n, dev),
-            v_code=v.codes.data["code"], v_code_start=kernels.places(v.codes, dev),
-            v_scale=stats.data["scale"], v_low=stats.data["low"], v_stat_start=kernels.places(stats, dev),
-            v_len=kernels.lengths(v.n, dev), k_new=self.k_new.data["x"], k_new_start=kernels.places(self.k_new, dev),
-            v_new=self.v_new.data["x"], v_new_start=kernels.places(self.v_new, dev),
-            length=kernels.lengths(c.n_slots, dev), most=c.size, probs=probs, **kernels.masking(c, q, pos),
-        )  # fmt: skip
-        o, p = out if probs else (out, None)
-        return kernels.heads(o, q), kernels.heads(p, q)
+        if self.cache.renumbers:
+            raise NotImplementedError("kivi: no kernel rotates quantised keys, which renumbering needs")
+        held = {"bits": self.bits, "group": self.group, "length": kernels.lengths(self.cache.n_slots, q.device)}
+        held |= self.k_old.for_kernel(q.device) | self.v_old.for_kernel(q.device)
+        for name, rows in (("k_new", self.k_new), ("v_new", self.v_new)):
+            held |= {name: rows.data["x"], f"{name}_start": kernels.places(rows, q.device)}
+        return kernels.step("decode_kivi", self.cache, q, pos, probs, **held)
 
     def drop(self, live):
         rest = live.clone()
@@ -144,9 +130,6 @@ class KIVI(Storage):
         return self.k_new, self.v_new, self.k_old.rows, self.v_old.codes, self.v_old.stats
 
     def bytes(self):
-        width = self.k_new.data["x"].shape[-1] * self.bits // 8
-        return {
-            "payload": (sum(self.k_old.n) + sum(self.v_old.n)) * width,
-            "scales": self.k_old.rows.used("scale", "low") + self.v_old.stats.used(),
-            "residual": self.k_new.used() + self.v_new.used(),
-        }
+        codes = (sum(self.k_old.n) + sum(self.v_old.n)) * self.k_new.data["x"].shape[-1] * self.bits // 8
+        scales = self.k_old.rows.used("scale", "low") + self.v_old.stats.used()
+        return {"payload": codes, "scales": scales, "residual": self.k_new.used() + self.v_new.used()}

@@ -47,11 +47,7 @@ class PCA(Storage):
 
     def reset(self):
         R, D, weight = self.cache.n_rows, self.cache.config.head_dim, self.cache.attn.qkv.weight
-        self.first, self.old, self.new = (
-            Rows(R, least=1),
-            Rows(R),
-            Rows(R),
-        )  # k and v side by side; coordinates; k and v
+        self.first, self.old, self.new = Rows(R, least=1), Rows(R), Rows(R)  # k and v; coordinates; k and v
         for rows, width in ((self.first, 2 * D), (self.old, sum(self.ranks)), (self.new, 2 * D)):
             rows.add("x", (width,), weight.dtype, weight.device)
         self.fitted = [False] * R
@@ -61,10 +57,9 @@ class PCA(Storage):
     def store(self, k, v, x):
         kv = torch.cat([k, v], -1).flatten(0, 1)  # (R, T, 2D)
         straight = [fit and self.cache.phase == "decode" for fit in self.fitted]  # prompts wait for their end
-        if rows := [r for r, now in enumerate(straight) if now]:
-            self.old.append(rows, x=self._down(kv[rows], rows))
-        if rows := [r for r, now in enumerate(straight) if not now]:
-            self.new.append(rows, x=kv[rows])
+        for now, into in ((True, self.old), (False, self.new)):
+            if rows := [r for r, at_once in enumerate(straight) if at_once == now]:
+                into.append(rows, x=self._down(kv[rows], rows) if now else kv[rows])
 
     def pack(self):
         if self.cache.phase == "prompt" or not any(self.new.n):
@@ -77,8 +72,7 @@ class PCA(Storage):
             self._fit(r)
         for rows, kv in self.new.pop("x", [n * fit for n, fit in zip(self.new.n, self.fitted, strict=True)]):
             self.old.append(rows, x=self._down(kv, rows))
-        if not any(self.new.n):
-            self.new.trim()
+        self.new.trim()
 
     def _fit(self, r):
         """Make the bases of one row from its exact entries."""
@@ -86,8 +80,8 @@ class PCA(Storage):
             mean = x.mean(0, keepdim=True) * self.center  # (1, D)
             cov = (x - mean).mT @ (x - mean)  # (D, D)
             cov += torch.linspace(1e-6, 0, len(cov)).to(cov).mul(cov.diagonal().mean()).diag()  # order where all is 0
-            vectors = torch.linalg.eigh(cov).eigenvectors  # ascending
-            self.bases[i][r], self.means[i][r] = vectors.flip(-1)[:, : self.ranks[i]], mean
+            vectors = torch.linalg.eigh(cov).eigenvectors.flip(-1)  # the largest first
+            self.bases[i][r], self.means[i][r] = vectors[:, : self.ranks[i]], mean
         self.fitted[r] = True
 
     def _down(self, kv, rows):
@@ -107,31 +101,25 @@ class PCA(Storage):
         if c.renumbers or any(self.new.n) or not self.first.equal or not self.old.equal:
             return super().attend(q, pos)
         q, (Uk, Uv), (mk, mv) = q.float().reshape(c.n_rows, -1, D) / math.sqrt(D), self.bases, self.means  # (R, G*T, D)
-        k0, v0 = self.first["x"].float().chunk(2, -1)
-        zk, zv = self.old["x"].float().split(self.ranks, -1)
+        (k0, v0), z = self.first["x"].float().chunk(2, -1), self.old["x"].float()
+        zk, zv = z.split(self.ranks, -1)
         s = torch.cat([q @ k0.mT, (q @ Uk) @ zk.mT + q @ mk.mT], -1)  # (R, G*T, N)
-        add = c.mask(pos).additive()
-        if add is not None:
-            s = (s.view(B, -1, H * B // c.n_rows, T, c.size) + add[:, :, None]).view_as(s)
-        p0, p = s.softmax(-1).split([k0.shape[1], zk.shape[1]], -1)
+        p0, p = c.masked(s, pos).softmax(-1).split([k0.shape[1], zk.shape[1]], -1)
         o = p0 @ v0 + (p @ zv) @ Uv.mT + p.sum(-1, keepdim=True) * mv
         return o.view(B, H, T, D).to(self.old.data["x"].dtype)
 
     def attend_triton(self, q, pos, probs):
-        c, dev = self.cache, q.device
+        c, dev, first, z = self.cache, q.device, self.first, self.old.data["x"]
         if c.renumbers or probs or kernels.masking(c, q, pos) or any(self.new.n) or not any(self.old.n):
             return super().attend_triton(q, pos, probs)
-        x, r = kernels.rows(q, c.n_rows), self.ranks[0]  # (R, M, D)
-        (Uk, Uv), (mk, mv), first, old = self.bases, self.means, self.first.data["x"], self.old.data["x"]
-        k0, v0 = first.chunk(2, -1)
-        scale, where = x.shape[-1] ** -0.5, lambda rows: (kernels.places(rows, dev), kernels.lengths(rows.n, dev))
-        sinks, lse = kernels.launch("decode", x, k0.contiguous(), v0.contiguous(), *where(self.first), scale=scale,
-                                    most=self.first.size, lse=True)  # fmt: skip
-        x = x.float()
-        z, lse_z = kernels.launch("decode_latent", x @ Uk, old[:, :r], old[:, r:], *where(self.old), scale=scale,
-                                  shift=(x @ mk.mT)[..., 0] * scale, most=self.old.size)  # fmt: skip
-        share = torch.sigmoid(lse - lse_z)[..., None]  # of the sinks in the softmax's denominator
-        return kernels.heads(torch.lerp(z @ Uv.mT + mv, sinks, share).to(q.dtype), q), None
+        x, scale, (Uk, Uv), (mk, mv) = kernels.rows(q.float(), c.n_rows), q.shape[-1] ** -0.5, self.bases, self.means
+        sinks = (*(t.contiguous() for t in first.data["x"].chunk(2, -1)), *kernels.where(first, dev))
+        o, lse = kernels.launch("decode", x, *sinks, scale=scale, most=first.size, lse=True)  # (R, M, D), (R, M)
+        low = (x @ Uk, *z.split(self.ranks, -1), *kernels.where(self.old, dev))
+        more = {"scale": scale, "shift": (x @ mk.mT)[..., 0] * scale, "most": self.old.size}
+        o_z, lse_z = kernels.launch("decode_latent", *low, **more)
+        o = torch.lerp(o_z @ Uv.mT + mv, o, torch.sigmoid(lse - lse_z)[..., None])  # by their shares of the softmax
+        return kernels.heads(o.to(q.dtype), q), None
 
     def drop(self, live):
         at = [0] * len(live)
@@ -141,10 +129,6 @@ class PCA(Storage):
                 mask[r, :n], at[r] = live[r, at[r] : at[r] + n], at[r] + n
             rows.keep(mask)
         return live
-
-    def trim(self):
-        for rows in (self.first, self.old, self.new):
-            rows.trim()
 
     def bytes(self):
         return {"payload": self.old.used(), "residual": self.first.used() + self.new.used()}

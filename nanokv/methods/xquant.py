@@ -42,9 +42,7 @@ def factor(weight, widths):
 class XQuant(Storage):
     """bits: 2, 4, 8, or 16 for none; group: tokens per scale of z_k, channels per scale else; mode: latent, x, auto."""
 
-    derived = ("bases",)
-
-    early = True
+    derived, early = ("bases",), True
 
     def __init__(self, bits: int = 4, group: int = 64, mode: str = "auto"):
         if bits not in (2, 4, 8, 16) or mode not in ("auto", "latent", "x"):
