@@ -39,7 +39,7 @@ def test_the_full_cache_is_exactly_itself_and_one_entry_is_the_worst(m):
     full = out["full"]
     assert full["kl"] == full["rise"] == 0 and full["same"] == 1 and full["parted"] is None
     assert max(out, key=lambda s: out[s]["kl"]) == "window(budget=1)"
-    assert min(out, key=lambda s: out[s]["same"]) == "window(budget=1)"
+    assert out["window(budget=1)"]["same"] < 0.7 and out["window(budget=1)"]["kl"] > 0.5
 
 
 def test_more_budget_is_better_on_average(m):
@@ -57,9 +57,10 @@ def test_order_chunks_and_company_change_nothing(m):
     one, other = of(m, specs), of(m, specs[::-1])
     assert one == other
     assert of(m, specs[:1])[specs[0]] == one[specs[0]]
-    single = of(m, ["snapkv(budget=50)", "full"], chunk=1)  # token by token, as users do
-    assert single["full"]["kl"] < 1e-10
-    assert abs(single[specs[0]]["kl"] - one[specs[0]]["kl"]) < 1e-5 * one[specs[0]]["kl"] + 1e-9
+    specs = ["snapkv(budget=50)", "window(budget=50)", "h2o(budget=50)", "tova(budget=50)", "streamingllm(budget=50)"]
+    parts, single = of(m, specs), of(m, specs, chunk=1)  # token by token, as users do
+    for s in specs:
+        assert abs(single[s]["kl"] - parts[s]["kl"]) < 1e-5 * parts[s]["kl"], s
 
 
 @pytest.mark.parametrize(

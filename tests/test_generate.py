@@ -788,3 +788,17 @@ def test_these_are_refused_in_one_line(cli, tmp_path, argv, words):
     names = {"damaged": tmp_path / "damaged", "folder": tmp_path}
     code, out, err = cli(*(a.format(**names) for a in argv))
     assert code == 2 and out == "" and len(err.splitlines()) == 1 and words in err
+
+
+@pytest.mark.parametrize(
+    "backend,words", [("nonsense", "auto, torch, triton, both"), ("triton", "need a GPU"), ("both", "need a GPU")]
+)
+def test_a_backend_that_is_not_there_is_refused_in_one_line(cli, backend, words, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    code, out, err = cli("--backend", backend)
+    assert code == 2 and words in err and len(err.strip().splitlines()) == 1 and not out
+
+
+def test_the_table_says_what_decoded(cli):
+    code, out, err = cli("--max-new-tokens", 3)
+    assert rows(err)["backend"] == "torch, as auto chose"

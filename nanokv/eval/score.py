@@ -42,7 +42,14 @@ class Prompt:
 
 
 def follow(model, cache: KVCache, ids: Tensor, chunk: int) -> Iterator[Tensor]:
-    """Feed ids (1, T) as generated text, `chunk` tokens at a time; yield log-probabilities fp32 (t, vocab) per part."""
+    """Feed ids (1, T) as generated text, `chunk` tokens at a time; yield log-probabilities fp32 (t, vocab) per part.
+
+    Methods that forget in every step, which `most` tells, get single tokens as in use: how many entries the tokens of a
+    part see would depend on whether a method makes room before or after it.
+    """
+    n = cache.next_position
+    if any(m.most(n, 64) < m.most(n, 0) + 64 for m in cache.methods):
+        chunk = 1
     with cache.decoding():
         for part in ids.split(min(chunk, cache.chunk or chunk), 1):
             yield model(part, cache)[0].float().log_softmax(-1)
