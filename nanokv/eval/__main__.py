@@ -73,7 +73,7 @@ def plan(command: str, config) -> tuple[list[run.Setting], list[run.Unit]]:
     """Return the settings and units of a command."""
     if command == "quick":
         chosen = run.settings(config, budgets=[0.5, 0.25], bits=[4, 2], ranks=[0.75, 0.5])
-        return chosen, [run.Unit("text", 512, i, 2, 64) for i in range(2)] + [
+        return chosen, [run.Unit("text", 512, i, 2, 32) for i in range(2)] + [
             run.Unit("passkey", 512, i, 2) for i in range(2)
         ]
     chosen = run.settings(config, budgets=[0.75, 0.5, 0.25, 0.1], bits=[8, 4, 2], ranks=[0.75, 0.5, 0.25])
