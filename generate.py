@@ -749,6 +749,8 @@ def main(argv=None) -> int:
     except SystemExit as e:  # argparse after --help, rich after a broken pipe
         mute()
         return 0 if isinstance(e.__context__, BrokenPipeError) else e.code or 0
+    finally:
+        kernels.use("auto")  # for callers that go on in this process
 
 
 if __name__ == "__main__":

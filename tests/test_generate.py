@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 
 import generate
-from nanokv import KVCache, engine
+from nanokv import KVCache, engine, kernels
 from nanokv.chat import Conversation
 from nanokv.methods import available, find
 
@@ -797,6 +797,7 @@ def test_a_backend_that_is_not_there_is_refused_in_one_line(cli, backend, words,
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     code, out, err = cli("--backend", backend)
     assert code == 2 and words in err and len(err.strip().splitlines()) == 1 and not out
+    assert kernels.backend() == "auto"  # as it was
 
 
 def test_the_table_says_what_decoded(cli):
