@@ -19,6 +19,7 @@ def rmsnorm_naive(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple
 
 @triton.jit
 def add_rmsnorm(p_x, p_delta, p_weight, p_sum, p_out, eps, E: tl.constexpr, b_E: tl.constexpr):
+    """Add and normalise one row of E numbers; eps is added to the mean square."""
     i = tl.program_id(0).to(tl.int64)
     o_e = tl.arange(0, b_E)
     m_e = o_e < E

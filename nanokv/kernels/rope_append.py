@@ -25,6 +25,7 @@ def rotate_store(
     p_k, p_v, p_cos, p_sin, p_pos, p_k_buffer, p_v_buffer, p_slot, T,
     s_kr, s_kt, s_vr, s_vt, D: tl.constexpr, b_D: tl.constexpr, b_H: tl.constexpr,
 ):  # fmt: skip
+    """Rotate the key of one row and new token, and write it and the value to slot p_slot[r] + t; s_* are strides."""
     r, t = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     H: tl.constexpr = D // 2
     o_h, o_d = tl.arange(0, b_H), tl.arange(0, b_D)

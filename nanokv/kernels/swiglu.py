@@ -15,6 +15,7 @@ def swiglu_naive(x: Tensor) -> Tensor:
 
 @triton.jit
 def silu_mul(p_x, p_out, F: tl.constexpr, b_F: tl.constexpr):
+    """Write silu(gate) * up for b_F channels of one row [gate | up] of 2 F."""
     i = tl.program_id(0).to(tl.int64)
     o_f = tl.program_id(1) * b_F + tl.arange(0, b_F)
     m_f = o_f < F
