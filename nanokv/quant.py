@@ -37,6 +37,19 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     return out
 
 
+def place(codes: Tensor, bits: int, group: int, at: list[int]) -> Tensor:
+    """Pack codes (R, t, D) of t tokens, which begin at token at[r] of a group, by groups of `group` tokens.
+
+    Returns bytes (R, groups, group * bits / 8, D) for the groups that the longest row needs, with codes 0 where there
+    is no token.
+    """
+    R, t, D = codes.shape
+    room = codes.new_zeros(R, -(-(max(at) + t) // group) * group, D)
+    for r, first in enumerate(at):
+        room[r, first : first + t] = codes[r]
+    return pack(room.unflatten(1, (-1, group)), bits)
+
+
 def unpack(packed: Tensor, bits: int, dtype=torch.uint8) -> Tensor:
     """Undo `pack`: bytes (..., w, m) to codes (..., w * 8 / bits, m) in any dtype."""
     per = 8 // bits
@@ -87,8 +100,13 @@ class PerChannel:
 
     def add(self, rows: list[int], x: Tensor) -> None:
         """Quantise x (len(rows), t, D) and append it to these rows."""
-        codes, scale, low = quantise(x.unflatten(1, (-1, self.group)).transpose(2, 3), self.bits)  # (rows, t/g, D, g)
-        self.rows.append(rows, code=pack(codes.transpose(2, 3), self.bits), scale=scale, low=low)
+        x = x.unflatten(1, (-1, self.group))  # (rows, t/g, g, D)
+        if out := kernels.packed("keys", x, self.bits):
+            code, scale, low = out
+        else:
+            codes, scale, low = quantise(x.mT, self.bits)  # (rows, t/g, D, g), (rows, t/g, D)
+            code = pack(codes.mT, self.bits)
+        self.rows.append(rows, code=code, scale=scale, low=low)
 
     def read(self, r: int | None = None) -> Tensor:
         """Dequantise row r to fp32 (t, D), or all rows, of equal length, to (R, t, D)."""
@@ -135,28 +153,45 @@ class PerToken:
 
     def add(self, rows: list[int], x: Tensor) -> None:
         """Quantise x (len(rows), t, D) and append it to these rows."""
+        at = self._filled(rows)
+        if out := kernels.packed("values", x, self.bits, self.group, at):
+            self._append(rows, at, *out)
+            return
         codes, scale, low = quantise(x.unflatten(-1, (-1, self.group)), self.bits)  # (rows, t, D/g, g)
         self._add(rows, codes.flatten(-2), scale, low)
 
+    def _filled(self, rows: list[int]) -> list[int]:
+        """Return how many tokens of its last group each row has, 0 if that is full."""
+        return [self.n[r] % self.group for r in rows]
+
     def _add(self, rows: list[int], codes: Tensor, scale: Tensor, low: Tensor) -> None:
-        filled = {self.n[r] % self.group for r in rows}
-        if len(filled) > 1:
-            for i, r in enumerate(rows):
-                self._add([r], codes[i : i + 1], scale[i : i + 1], low[i : i + 1])
+        """Append codes (len(rows), t, D)."""
+        at = self._filled(rows)
+        if codes.shape[1] > 1 or not at[0] or not self._all(rows, at):
+            self._append(rows, at, place(codes, self.bits, self.group, at), scale, low)
             return
-        at, t = filled.pop(), codes.shape[1]
         self.stats.append(rows, scale=scale, low=low)
-        if t == 1 and at and len(rows) == len(self.n) and self.codes.equal:  # into the byte where others wait for it
-            j, w = divmod(at, self.group * self.bits // 8)
-            self.codes["code"][:, -1, w] |= codes[:, 0] << (j * self.bits)
+        j, w = divmod(at[0], self.group * self.bits // 8)  # one token: into the byte where others wait for it
+        self.codes["code"][:, -1, w] |= codes[:, 0] << (j * self.bits)
+
+    def _append(self, rows: list[int], at: list[int], packed: Tensor, scale: Tensor, low: Tensor) -> None:
+        """Append t tokens to each of these rows, packed (len(rows), groups, g * bits / 8, D) from at[i] of a group."""
+        if len(set(at)) > 1:
+            for i, r in enumerate(rows):
+                n = -(-(at[i] + scale.shape[1]) // self.group)
+                self._append([r], at[i : i + 1], packed[i : i + 1, :n], scale[i : i + 1], low[i : i + 1])
             return
-        room = codes.new_zeros(len(rows), -(-(at + t) // self.group) * self.group, codes.shape[2])
-        room[:, at : at + t] = codes
-        packed = pack(room.unflatten(1, (-1, self.group)), self.bits)  # (rows, groups, g * bits / 8, D)
-        for i, r in enumerate(rows if at else []):
+        if at[0] and self._all(rows, at):  # the first group is there already, with codes 0 where tokens are to come
+            self.codes["code"][:, -1] |= packed[:, 0]
+        for i, r in enumerate([] if self._all(rows, at) or not at[0] else rows):
             self.codes.row("code", r)[-1] |= packed[i, 0]
-        if packed.shape[1] > (at > 0):
-            self.codes.append(rows, code=packed[:, int(at > 0) :])
+        self.stats.append(rows, scale=scale, low=low)
+        if packed.shape[1] > (at[0] > 0):
+            self.codes.append(rows, code=packed[:, int(at[0] > 0) :])
+
+    def _all(self, rows: list[int], at: list[int]) -> bool:
+        """Say whether these are all rows, and alike, so that one operation reaches them."""
+        return len(set(at)) == 1 and len(rows) == len(self.n) and self.codes.equal
 
     def read(self, r: int | None = None) -> Tensor:
         """Dequantise row r to fp32 (t, D), or all rows, of equal length, to (R, t, D)."""

@@ -4,10 +4,10 @@
     with nanokv.kernels.use("torch"): ...   # in this block
 
 "auto", the default, takes Triton for tensors on a GPU and PyTorch elsewhere; "both" runs the attention of every decode
-step on both, goes on with PyTorch's result and notes the largest difference in `LayerCache.difference`. Kernels are for
-decode steps of few queries (ROWS per KV head); prompts, and passes of more, go through PyTorch's own attention under
-every backend. Under "triton" a step that no kernel supports raises NotImplementedError; under "auto" PyTorch takes it.
-`used()` says what ran.
+step on both, goes on with PyTorch's result and notes the largest difference in `LayerCache.difference`. Attention
+kernels are for decode steps of few queries (ROWS per KV head); prompts, and passes of more, go through PyTorch's own
+attention under every backend. Keys and values are quantised and packed by kernels whenever that happens. Under "triton"
+what no kernel supports raises NotImplementedError; under "auto" PyTorch takes it. `used()` says what ran.
 """
 
 import importlib
@@ -88,6 +88,20 @@ def small(x: Tensor) -> bool:
     if (name := _state["backend"]) in ("torch", "both") or (name == "auto" and x.device.type != "cuda"):
         return False
     return x.shape[0] * x.shape[1] <= ROWS and not missing(x.device)
+
+
+def packed(what: str, x: Tensor, *args) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Quantise and pack "keys" or "values" x by the kernels of nanokv/kernels/pack.py; None: PyTorch is to do it."""
+    if (name := _state["backend"]) in ("torch", "both") or (name == "auto" and x.device.type != "cuda"):
+        return None
+    try:
+        if why := missing(x.device):
+            raise NotImplementedError(why)
+        return getattr(importlib.import_module("nanokv.kernels.pack"), f"pack_{what}_triton")(x, *args)
+    except NotImplementedError:
+        if name != "auto":
+            raise
+        return None
 
 
 def _torch(storage, q, pos, probs):

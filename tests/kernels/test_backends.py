@@ -94,6 +94,48 @@ def test_use_is_a_function_and_a_block():
     assert kernels.backend() == "torch"
 
 
+RAGGED = "adakv(budget=60,window=8)+"
+
+
+@pytest.mark.parametrize("bits,prompt,policy", [(2, 77, ""), (4, 131, ""), (8, 33, ""), (2, 77, RAGGED)])
+def test_kernels_pack_what_pytorch_packs(monkeypatch, bits, prompt, policy):
+    """Attention is PyTorch's both times, so that both caches are given the same keys and values."""
+    monkeypatch.setattr(kernels, "attend", kernels._torch)
+    monkeypatch.setattr(kernels, "small", lambda x: False)
+    m, text, caches, ran = tiny.model(n_layers=1, n_kv_heads=2 if policy else 1), tiny.ids(prompt + 300), [], []
+    for backend in ("torch", "triton"):
+        with kernels.use(backend):
+            caches.append(KVCache(m, f"{policy}kivi(bits={bits},residual=32)"))
+            tiny.feed(m, caches[-1], text[:, :prompt])
+            monkeypatch.setattr(kernels, "packed", _count(kernels.packed, ran))
+            tiny.steps(m, caches[-1], text[:, prompt:])
+    assert any(ran)
+    for mine, ref in zip(*(c.layers[0].storage._rows() for c in caches), strict=True):
+        assert mine.n == ref.n
+        for name in ref.data:
+            for r in range(len(ref.n)):
+                assert torch.equal(mine.row(name, r), ref.row(name, r)), name
+
+
+def _count(packed, ran):
+    def wrapper(*args):
+        out = packed(*args)
+        ran.append(out is not None)
+        return out
+
+    return wrapper
+
+
+def test_what_no_kernel_can_pack_is_an_error(monkeypatch):
+    m, spec = tiny.model(), "kivi(group=8,residual=8)"
+    with kernels.use("triton"), pytest.raises(NotImplementedError, match="groups of 8"):
+        tiny.feed(m, KVCache(m, spec), tiny.ids(30))
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with kernels.use("triton"), pytest.raises(NotImplementedError, match="need a GPU"):
+        tiny.feed(m, KVCache(m, spec), tiny.ids(30))
+    tiny.feed(m, KVCache(m, spec), tiny.ids(30))  # "auto" takes PyTorch
+
+
 def test_what_no_kernel_can_do_is_an_error_and_no_silent_replacement(monkeypatch):
     m = tiny.model(head_dim=64)
     with kernels.use("triton"):

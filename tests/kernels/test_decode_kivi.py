@@ -16,6 +16,11 @@ LIMITS = {torch.float32: 2e-6, torch.float16: 8e-3, torch.bfloat16: 3e-2}
 HIDDEN = 2**31 - 1
 
 
+def pack_row(x, bits, group):
+    """Pack the values of one row, x (t, D), from the beginning of a group."""
+    return tuple(out[0] for out in pack_values_naive(x[None], bits, group, [0]))
+
+
 class Case:
     """A ragged cache of rows of n tokens, nk of whose keys and nv of whose values are codes, between poisoned slots."""
 
@@ -27,7 +32,7 @@ class Case:
         keys, values = [self.randn(t, D) + offset for t in n], [self.randn(t, D) for t in n]
         k_old = [pack_keys_naive(x[:t].view(-1, group, D), bits) for x, t in zip(keys, nk, strict=True)]
         whole = [torch.cat([x[:t], 9 * self.randn(-t % group, D)]) for x, t in zip(values, nv, strict=True)]
-        v_old = [pack_values_naive(x, bits, group) for x in whole]  # the last group has codes that nobody may see
+        v_old = [pack_row(x, bits, group) for x in whole]  # the last group has codes that nobody may see
         self.args = {"length": self.ints(n), "k_len": self.ints(nk), "v_len": self.ints(nv)}
         self.place("k_start", k_code=[x[0] for x in k_old], k_scale=[x[1] for x in k_old], k_low=[x[2] for x in k_old])
         self.place("v_code_start", v_code=[x[0] for x in v_old])
@@ -232,6 +237,7 @@ def inputs(n, D, seed=0):
     yield "tiny", x * 1e-6
     yield "tinier", x * 1e-9
     yield "halves", torch.randint(0, 7, (n, D), generator=rng) / 2.0  # codes that lie between two integers
+    yield "beyond fp16", x * 1e6
     yield "a far one", torch.where(x > 2, 60000.0, x)
     steps = torch.arange(n * D).view(n, D) % 31
     yield "one step", 1 + steps * 2**-13
@@ -240,11 +246,12 @@ def inputs(n, D, seed=0):
 @pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"])
 def test_packs_the_same_bits(bits, dtype):
-    for D, group in ((64, 32), (80, 16)):
+    for D, group in ((64, 32), (80, 16), (192, 64)):  # the last takes two programs, the second of them half full
         k = torch.stack([x for _, x in inputs(group, D)]).to(dtype)
-        v = torch.cat([x for _, x in inputs(group, D, seed=1)]).to(dtype)[: -group // 3]
+        v = torch.stack([x for _, x in inputs(group + 9, D, seed=1)]).to(dtype)
+        at = [0, group - 1, 7, 1, 0, 3, 8, 15, 14, 2, 0][: len(v)]
         for mine, ref in ((pack_keys_triton(k, bits), pack_keys_naive(k, bits)),
-                          (pack_values_triton(v, bits, group), pack_values_naive(v, bits, group))):  # fmt: skip
+                          (pack_values_triton(v, bits, group, at), pack_values_naive(v, bits, group, at))):  # fmt: skip
             for a, b in zip(mine, ref, strict=True):
                 assert a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
 
@@ -259,11 +266,11 @@ def test_packing_stays_within_its_memory(monkeypatch):
         checks.append(check)
         return inside
 
-    k, v = (guard(torch.randn(shape))[0] for shape in ((2, 32, 96), (45, 96)))
-    expected = pack_keys_naive(k, 2), pack_values_naive(v, 2, 32)
+    k, v = (guard(torch.randn(shape))[0] for shape in ((2, 32, 96), (2, 45, 96)))
+    expected = pack_keys_naive(k, 2), pack_values_naive(v, 2, 32, [20, 0])
     with monkeypatch.context() as patch:
         patch.setattr(module.torch, "empty", empty)
-        out = pack_keys_triton(k, 2), pack_values_triton(v, 2, 32)
+        out = pack_keys_triton(k, 2), pack_values_triton(v, 2, 32, [20, 0])
     assert len(checks) == 6
     for check in checks:
         check()
@@ -272,6 +279,15 @@ def test_packing_stays_within_its_memory(monkeypatch):
 
 
 def test_packs_nothing():
-    code, scale, low = pack_values_triton(torch.empty(0, 64), 2, 32)
-    assert code.shape == (0, 8, 64) and scale.shape == low.shape == (0, 2)
+    code, scale, low = pack_values_triton(torch.empty(1, 0, 64), 2, 32, [0])
+    assert code.shape == (1, 0, 8, 64) and scale.shape == low.shape == (1, 0, 2)
     assert pack_keys_triton(torch.empty(0, 32, 64), 2)[0].shape == (0, 8, 64)
+
+
+def test_packing_refuses():
+    with pytest.raises(NotImplementedError, match="groups of 8"):
+        pack_keys_triton(torch.zeros(1, 8, 64), 2)
+    with pytest.raises(NotImplementedError, match="float64"):
+        pack_values_triton(torch.zeros(1, 1, 64).double(), 2, 32, [0])
+    with pytest.raises(ValueError, match="does not divide"):
+        pack_values_triton(torch.zeros(1, 1, 48), 2, 32, [0])
