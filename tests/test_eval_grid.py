@@ -10,7 +10,7 @@ import torch
 
 from nanokv import KVCache
 from nanokv.eval import __main__ as command
-from nanokv.eval import run, score, summary, tasks
+from nanokv.eval import plots, run, score, summary, tasks
 
 
 class Letters:
@@ -31,7 +31,8 @@ def corpus():
 
 
 def of(m, specs, n=300, context=200, **options):
-    return dict(score.text(m, specs, tiny.ids(n), context, **options))
+    text = score.Text(m, tiny.ids(n), context, **options)
+    return {spec: text(spec)[0] for spec in specs}
 
 
 def test_the_full_cache_is_exactly_itself_and_one_entry_is_the_worst(m):
@@ -49,7 +50,7 @@ def test_more_budget_is_better_on_average(m):
 
 
 def score_of(m, spec, seed):
-    return dict(score.text(m, [spec], tiny.ids(260, seed=seed), 200))[spec]["kl"]
+    return score.Text(m, tiny.ids(260, seed=seed), 200)(spec)[0]["kl"]
 
 
 def test_order_chunks_and_company_change_nothing(m):
@@ -64,8 +65,9 @@ def test_order_chunks_and_company_change_nothing(m):
 
 
 @pytest.mark.parametrize(
-    "spec", ["snapkv(budget=50)", "kivi(residual=32)", "h2o(budget=60)", "streamingllm(budget=60)"]
-)
+    "spec", ["snapkv(budget=50)", "kivi(residual=32)", "h2o(budget=60)", "streamingllm(budget=60)",
+             "expected_attention(budget=50)", "keydiff(budget=50,block=32)", "h2o(budget=60)+kivi(residual=32)"]
+)  # fmt: skip
 @pytest.mark.parametrize("windows", [(), (24, None)])
 def test_sharing_the_prompt_is_reading_it(spec, windows):
     m, ids = tiny.model(context=1024, windows=windows), tiny.ids(300)
@@ -76,9 +78,39 @@ def test_sharing_the_prompt_is_reading_it(spec, windows):
     assert score.held(mine) == score.held(alone)
 
 
+@pytest.mark.parametrize("name", ["expected_attention", "h2o"])
+def test_methods_that_take_notes_share_the_reading_at_any_budget(m, name):
+    prompt, more = score.Prompt(m, tiny.ids(300), chunk=64), tiny.ids(9, seed=5)
+    for budget, end in ((80, None), (40, more), (120, None)):
+        spec = f"{name}(budget={budget})"
+        mine, alone = prompt.read(spec, end), KVCache(m, spec)
+        score.prefill(m, alone, torch.cat([tiny.ids(300)] + ([end] if end is not None else []), 1))
+        assert all(torch.equal(mine.live_positions(i, h), alone.live_positions(i, h)) for i in (0, 1) for h in (0, 1))
+        assert tiny.rms(m(tiny.ids(1), mine), m(tiny.ids(1), alone)) < 1e-5 and score.held(mine) == score.held(alone)
+
+
+@pytest.mark.parametrize(
+    "spec", ["full", "h2o(budget=50)", "adakv(budget=50)", "kivi(residual=32)", "random(budget=50)"]
+)
+def test_a_batch_scores_as_its_windows_alone(m, spec):
+    ids = torch.cat([tiny.ids(260, seed=s) for s in range(3)])
+    for one, other in zip(
+        score.Text(m, ids, 200)(spec), (score.Text(m, row[None], 200)(spec)[0] for row in ids), strict=True
+    ):
+        assert one["same"] == other["same"] and one["parted"] == other["parted"]
+        assert one["kl"] == pytest.approx(other["kl"], rel=1e-3, abs=1e-6) and one["nll"] == pytest.approx(
+            other["nll"], rel=1e-4
+        )
+        if spec != "adakv(budget=50)":  # whose heads share a layer's budget differently in every text
+            assert one["held"] == other["held"] and one["full"] == other["full"]
+
+
 def test_bytes_are_those_of_the_ledger(m):
     r = of(m, ["kivi(residual=32)"])["kivi(residual=32)"]
-    assert r["held"] == r["payload"] + r["overhead"] and r["full"] == 2 * 2 * 299 * 2 * 32 * 4
+    assert r["held"] == pytest.approx(r["payload"] + r["overhead"], abs=2)
+    assert r["held_start"] < r["held"] < r["held_end"]
+    token = 2 * 2 * 2 * 32 * 4  # bytes of a full cache per token: keys and values, layers, KV heads, D, fp32
+    assert r["full"] == pytest.approx(token * statistics.fmean([200, *range(216, 299, 16), 299]), rel=1e-6)
 
 
 @pytest.mark.parametrize("task", tasks.TASKS)
@@ -101,7 +133,8 @@ def test_the_passkey_is_the_one_that_its_seed_gives(corpus):
 
 def test_both_modes_score_what_the_full_cache_says(m, corpus):
     s = tasks.samples("passkey", Letters(), corpus, 400, 3)[1]
-    out = {mode: r for spec, mode, r in score.question(m, ["full"], s)}
+    ask = score.Question(m, [s])
+    out = {mode: ask("full", mode)[0] for mode in run.MODES}
     whole = torch.tensor([s.context + s.question + s.answer])
     logp = m(whole, KVCache(m))[0].log_softmax(-1)[-len(s.answer) - 1 : -1]
     want = -logp.gather(-1, torch.tensor(s.answer)[:, None]).mean()
@@ -167,51 +200,154 @@ def inline(m, corpus, monkeypatch):
             pass
 
     monkeypatch.setattr(run, "ProcessPoolExecutor", Pool)
-    monkeypatch.setattr("weights.load", lambda *a, **k: (m, None))
-    units = [run.Unit("text", 150, i, 2, 40) for i in range(2)] + [run.Unit("passkey", 300, i, 2) for i in range(2)]
+    monkeypatch.setattr("weights.load", lambda *a, **k: (m, Letters()))
+    monkeypatch.setattr(run, "PARTS", 2)
+    units = run.units("text", 150, 2, 40, batch=1) + run.units("passkey", 300, 2)
     chosen = [run.Setting("full"), run.Setting("window", "budget", 0.5), run.Setting("kivi", "bits", 4)]
-    monkeypatch.setattr(command, "plan", lambda *_: (chosen, units))
+    monkeypatch.setattr(command, "plan", lambda *_: dict.fromkeys(units, chosen))
     return Pool, units
 
 
 def results(path):
-    return sorted(json.dumps(r, sort_keys=True) for r in run.read(path))
+    return sorted(json.dumps({k: v for k, v in r.items() if k != "peak"}, sort_keys=True) for r in run.read(path))
+
+
+def table_of(path):
+    return path.with_suffix(".md").read_text().split("Largest process")[0]
 
 
 def test_an_interrupted_run_goes_on_and_ends_with_the_same_table(inline, tmp_path, capsys):
     Pool, units = inline
     whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
     assert command.main(["full", "--out", str(whole)]) == 0
-    table = whole.with_suffix(".md").read_text()
     Pool.fails = [units[2]]
     assert command.main(["full", "--out", str(cut)]) == 130
     assert "goes on there" in capsys.readouterr().err
     Pool.fails = []
     cut.write_bytes(cut.read_bytes() + b'{"key": "brok')  # killed while it wrote
     assert command.main(["full", "--out", str(cut)]) == 0
-    assert cut.with_suffix(".md").read_text() == table
+    assert table_of(cut) == table_of(whole)
     assert results(cut) == results(whole) and len(results(cut)) == 3 * (2 + 2 * 2)
     before = cut.read_bytes()
     assert command.main(["full", "--out", str(cut)]) == 0 and cut.read_bytes() == before  # nothing is done twice
 
 
-def test_results_of_another_experiment_are_not_mixed_in(inline, tmp_path, capsys):
+def refused(capsys, *args):
+    assert command.main(list(args)) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("eval: error: ") and len(err.splitlines()) == 1
+    return err
+
+
+def test_results_of_another_experiment_are_not_mixed_in(inline, tmp_path, capsys, monkeypatch):
     path = tmp_path / "a.jsonl"
     assert command.main(["quick", "--out", str(path)]) == 0
-    assert command.main(["quick", "--out", str(path), "--dtype", "bf16"]) == 2
-    err = capsys.readouterr().err
-    assert "not bf16" in err and "Traceback" not in err
+    capsys.readouterr()
+    assert "not bf16" in refused(capsys, "quick", "--out", str(path), "--dtype", "bf16")
+    monkeypatch.setattr(run, "code", lambda: "another")  # as after a change of a method's file
+    assert "with other code" in refused(capsys, "quick", "--out", str(path))
     path.write_text("hello\n")
-    assert command.main(["quick", "--out", str(path)]) == 2 and path.read_text() == "hello\n"
+    assert "not a results file" in refused(capsys, "quick", "--out", str(path)) and path.read_text() == "hello\n"
+
+
+def test_the_hash_of_the_code_is_that_of_its_files(tmp_path, monkeypatch):
+    for name in ("eval/run.py", "methods/a.py"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text("1")
+    monkeypatch.setattr(run, "__file__", str(tmp_path / "eval/run.py"))
+    before = run.code()
+    assert before == run.code()
+    (tmp_path / "methods/a.py").write_text("2")
+    assert run.code() != before
+
+
+def test_a_setting_that_fails_is_written_down_and_ends_nothing(inline, tmp_path, capsys, monkeypatch):
+    from nanokv.methods.window import Window
+
+    path, act = tmp_path / "a.jsonl", Window.__call__
+
+    def broken(self, cache, q, pos):
+        raise RuntimeError("no\nroom")
+
+    monkeypatch.setattr(Window, "__call__", broken)
+    assert command.main(["full", "--out", str(path)]) == 1
+    err = capsys.readouterr().err.splitlines()
+    assert err[-2:] == [
+        f"failed: window 50% on {t} tokens: RuntimeError: no room" for t in ("passkey, 300", "text, 150")
+    ]
+    assert (
+        "kivi bits=4" in path.with_suffix(".md").read_text() and "window 50" not in path.with_suffix(".md").read_text()
+    )
+    monkeypatch.setattr(Window, "__call__", act)
+    assert command.main(["full", "--out", str(path)]) == 0  # it is tried again, and nothing else is
+    assert "window 50%" in path.with_suffix(".md").read_text() and len(run.read(path)) == 3 * (2 + 2 * 2)
+
+
+def test_what_does_not_fit_is_refused_in_one_line(inline, m, tmp_path, capsys, monkeypatch):
+    out = ["--out", str(tmp_path / "a.jsonl")]
+    monkeypatch.setattr(command, "plan", lambda *_: {u: [run.Setting("full")] for u in run.units("text", 1000, 1, 40)})
+    assert "1040 tokens, this model's context is 1024" in refused(capsys, "full", *out)
+    monkeypatch.setattr(command, "plan", lambda *_: {u: [run.Setting("full")] for u in run.units("text", 100, 2, 40)})
+    short = tmp_path / "short.txt"
+    short.write_text("x" * 120)
+    assert f"{short} is too short: the text has 120 tokens, fewer than the 140" in refused(
+        capsys, "full", *out, "--text", str(short)
+    )
+    short.write_bytes(b"\xff" * 500)
+    assert "not UTF-8" in refused(capsys, "full", *out, "--text", str(short))
+    for wrong in (["--tasks", "nonsense"], ["--methods", "nonsense"], ["--jobs", "0"], ["--text", "/none"]):
+        assert wrong[1] in refused(capsys, "full", *out, *wrong) or wrong[0] == "--jobs"
+    twice = [run.Setting("window", "budget", 0.5), run.Setting("window", "budget", 0.5000000001)]
+    monkeypatch.setattr(command, "plan", lambda *_: dict.fromkeys(run.units("text", 100, 2, 40), twice))
+    assert "two settings are called 'window 50%'" in refused(capsys, "full", *out)
+
+
+def test_a_setting_must_suit_the_shortest_and_the_longest_prompt(m, corpus, capsys):
+    chosen = [
+        run.Setting("full"),
+        run.Setting("streamingllm", "budget", 0.0101),
+    ]  # 3 entries of 300 are fewer than sinks
+    grid = dict.fromkeys(run.units("text", 500, 1, 10) + run.units("passkey", 300, 1), chosen)
+    assert all(s == chosen[:1] for s in run.check(m, Letters(), grid, corpus).values())
+    assert "left out: streamingllm 1.01% at 300 tokens" in capsys.readouterr().err
+
+
+def test_tasks_are_chosen_by_name(inline, tmp_path, capsys, monkeypatch):
+    path = tmp_path / "a.jsonl"
+    assert "recall needs more than 300 tokens" in refused(capsys, "full", "--out", str(path), "--tasks", "recall")
+    chosen = [run.Setting("full"), run.Setting("window", "budget", 0.5), run.Setting("knorm", "budget", 0.5)]
+    monkeypatch.setattr(command, "plan", lambda *_: dict.fromkeys(run.units("passkey", 900, 2), chosen))
+    assert command.main(["full", "--out", str(path), "--tasks", "recall", "--methods", "window"]) == 0
+    found = run.read(path)
+    assert {r["task"] for r in found} == {"recall"} and {r["setting"] for r in found} == {"full", "window 50%"}
+
+
+def test_budgets_are_shares_of_what_is_compressed_and_labels_tell_them_apart():
+    half = run.Setting("window", "budget", 0.5, "n_sink=4,last={past_sinks}", "other")
+    assert half.spec(201) == "window(budget=100,n_sink=4,last=96)" and half.label == "other 50%"
+    assert run.Setting("window", "budget", 1 - 0.9).spec(100) == "window(budget=10)"
+    labels = {run.Setting("window", "budget", b).label for b in (0.12, 0.124, 0.125, 1 - 0.9)}
+    assert len(labels) == 4 and "window 10%" in labels
 
 
 def test_plots_and_tables_come_from_the_results(inline, tmp_path, capsys):
     path = tmp_path / "a.jsonl"
     assert command.main(["full", "--out", str(path)]) == 0
     assert command.main(["plot", "--out", str(path)]) == 0
+    names = ("quality", "retrieval", "retrieval-aware", "depth-agnostic", "depth-aware")
     for kind in ("png", "svg"):
-        assert all((tmp_path / f"a-{n}.{kind}").stat().st_size > 5000 for n in ("quality", "retrieval", "depth-full"))
+        assert all(5000 < (tmp_path / f"a-{n}.{kind}").stat().st_size < 1e6 for n in names)
     assert command.main(["plot", "--out", str(tmp_path / "none.jsonl")]) == 2
+    text = path.with_suffix(".md").read_text()
+    assert "passkey 300, unseen" in text and " %)" in text  # an interval behind each count
+
+
+def test_retrieval_is_drawn_over_the_bytes_of_retrieval():
+    text = {"setting": "a", "task": "text", "held": 10, "full": 100, "overhead": 1, "held_start": 8, "held_end": 12}
+    text |= {"rise": 0.0, "kl": 0.1, "same": 1.0}
+    asked = {"setting": "a", "task": "passkey", "mode": "agnostic", "exact": True, "nll": 0.1, "held": 30, "full": 100}
+    (row,) = summary.summarise([text, asked])
+    assert row["held"] == 0.1 and row["agnostic_held"] == 0.3 and "aware_held" not in row
 
 
 def test_every_method_has_a_place_in_the_grid(m):
@@ -224,7 +360,10 @@ def test_every_method_has_a_place_in_the_grid(m):
 
 
 def test_intervals_and_the_frontier():
-    assert summary.mean([1.0, 2.0, 3.0]) == (2.0, pytest.approx(1.96 / 3**0.5))
+    assert summary.mean([1.0, 2.0, 3.0]) == (2.0, pytest.approx(4.303 / 3**0.5))
+    assert summary.t975(30) == 2.042 and summary.t975(40) == pytest.approx(2.021, abs=2e-3)
+    assert summary.t975(120) == pytest.approx(1.980, abs=2e-3)
     low, high = summary.wilson(6, 12)
     assert low == pytest.approx(0.254, abs=1e-3) and high == pytest.approx(0.746, abs=1e-3)
-    assert summary.frontier([(1, 5), (2, 3), (3, 4), (2.5, 1)]) == [(1, 5), (2, 3), (2.5, 1)]
+    assert summary.count(6, 12) == "6/12 (25-75 %)"
+    assert plots.frontier([(1, 5), (2, 3), (3, 4), (2.5, 1)]) == [(1, 5), (2, 3), (2.5, 1)]

@@ -2,8 +2,10 @@
 
 quick               every method at two strengths, some minutes
 full                a grid of methods, strengths, text windows and retrieval tasks; goes on where it was interrupted
+check               the same figures as another tool measured on the default model, side by side; goes on likewise
 compare SPEC ...    what specs hold and how far they are from the full cache
 speed SPEC ...      time to first token and tokens per second, side by side
+bytes [SPEC ...]    bytes held while tokens are generated, as a picture
 plot                tables and pictures from what quick or full found
 """
 
@@ -11,82 +13,148 @@ import argparse
 import os
 import sys
 import time
+from concurrent.futures import BrokenExecutor
+from importlib.util import find_spec
 from pathlib import Path
 
 from rich.console import Console
 
-from nanokv.eval import run, summary
+from nanokv.eval import check, plots, run, summary, tasks
+
+OWN = ("compare", "speed", "bytes")  # commands with options of their own, in files of their own
 
 
 def main(argv=None) -> int:
     """Run the command line; return its exit code."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    if argv[:1] in (["compare"], ["speed"]):
-        from nanokv.eval import compare, speed
+    if argv and argv[0] in OWN:
+        from nanokv.eval import compare, growth, speed
 
-        return (compare if argv[0] == "compare" else speed).main(argv[1:])
-    wide = argparse.RawTextHelpFormatter
-    parser = argparse.ArgumentParser(prog="python -m nanokv.eval", description=__doc__.split("\n\n")[0],
-                                     epilog=__doc__.split("\n\n", 1)[1], formatter_class=wide)  # fmt: skip
-    parser.add_argument("command", choices=("quick", "full", "plot", "compare", "speed"))
-    parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--dtype", default="fp32")
-    parser.add_argument("--text", metavar="FILE", help="UTF-8 prose instead of the standard library's documentation")
-    parser.add_argument("--out", metavar="FILE", help="results, one JSON line each (default: eval-COMMAND.jsonl)")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes of one thread each")
-    parser.add_argument("--methods", nargs="+", metavar="NAME", help="only these, and full")
-    args = parser.parse_args(argv)
+        return {"compare": compare, "speed": speed, "bytes": growth}[argv[0]].main(argv[1:])
+    args = _parser().parse_args(argv)
     path = Path(args.out or f"eval-{'full' if args.command == 'plot' else args.command}.jsonl")
     if args.command == "plot":
         return plot(path)
-    from weights import LoadError, load
-
     start = time.monotonic()
     try:
-        if args.jobs < 1:
-            raise ValueError("--jobs must be at least 1")
-        if args.text and not os.path.isfile(args.text):
-            raise ValueError(f"cannot read {args.text}")
-        model, _ = load(args.model, args.dtype)
-        chosen, units = plan(args.command, model.config)
-        if args.methods:
-            known = {s.method for s in chosen}
-            if bad := [m for m in args.methods if m not in known]:
-                raise ValueError(f"no method {bad[0]!r} here; there are {', '.join(sorted(known))}")
-            chosen = [s for s in chosen if s.method in (*args.methods, "full")]
-        chosen = run.check(model, chosen, min(u.context for u in units))
-        del model
-        records = run.run(units, chosen, path, args.model, args.dtype, args.text, args.jobs)
-    except (LoadError, ValueError, NotImplementedError, OSError) as error:
+        records = measure(args, path)
+    except (ValueError, NotImplementedError, OSError) as error:  # weights.LoadError is a ValueError
         print(f"eval: error: {error}", file=sys.stderr)
+        return 2
+    except BrokenExecutor:
+        print(f"eval: error: a process ended suddenly, perhaps for want of memory; --jobs 1 takes less; what was "
+              f"measured is in {path}, and the same command goes on there", file=sys.stderr)  # fmt: skip
         return 2
     except KeyboardInterrupt:
         print(
             f"\neval: interrupted; what was measured is in {path}, and the same command goes on there", file=sys.stderr
         )
         return 130
-    show(records, path, f"{args.model}, {args.dtype}, {(time.monotonic() - start) / 60:.1f} minutes")
-    return 0
+    title = f"{args.model}, {args.dtype}, {(time.monotonic() - start) / 60:.1f} minutes"
+    show_check(records, path, title) if args.command == "check" else show(records, path, title)
+    failed = summary.failures(records)
+    print("".join(f"{line}\n" for line in failed), end="", file=sys.stderr)
+    return 1 if failed else 0
 
 
-def plan(command: str, config) -> tuple[list[run.Setting], list[run.Unit]]:
-    """Return the settings and units of a command."""
+def _parser() -> argparse.ArgumentParser:
+    wide = argparse.RawTextHelpFormatter
+    parser = argparse.ArgumentParser(prog="python -m nanokv.eval", description=__doc__.split("\n\n")[0],
+                                     epilog=__doc__.split("\n\n", 1)[1], formatter_class=wide)  # fmt: skip
+    parser.add_argument("command", choices=("quick", "full", "check", "plot", *OWN))
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--dtype", default="fp32")
+    parser.add_argument("--text", metavar="FILE", help="UTF-8 prose instead of the standard library's documentation")
+    parser.add_argument("--out", metavar="FILE", help="results, one JSON line each (default: eval-COMMAND.jsonl)")
+    parser.add_argument("--jobs", type=int, default=min(4, os.cpu_count() or 1),
+                        help="processes of one thread, of 2 to 4 GB (default: one per core, at most 4)")  # fmt: skip
+    parser.add_argument("--methods", nargs="+", metavar="NAME", help="only these, and full")
+    parser.add_argument("--tasks", nargs="+", metavar="TASK", help=f"only these of text, {', '.join(tasks.TASKS)};\n"
+                        "those that the command would leave out are asked as its passkey is")  # fmt: skip
+    return parser
+
+
+def measure(args, path: Path) -> list[dict]:
+    """Return the records that a command asks for. ValueError and others, in one line, for what a user got wrong."""
+    from weights import load
+
+    if args.jobs < 1:
+        raise ValueError("--jobs must be at least 1")
+    if args.text and not os.path.isfile(args.text):
+        raise ValueError(f"cannot read {args.text}")
+    if args.command == "check" and (args.model, args.dtype, args.text) != ("smollm2", "fp32", None):
+        raise ValueError(
+            "check compares figures of the default model, dtype and text; leave --model, --dtype and --text"
+        )
+    model, tokenizer = load(args.model, args.dtype)
+    grid = choose(plan(args.command, model.config), args.methods, args.tasks)
+    grid = run.check(model, tokenizer, grid, tasks.corpus(tokenizer, args.text), args.text)
+    del model
+    return run.run(grid, path, args.model, args.dtype, args.text, args.jobs)
+
+
+def plan(command: str, config) -> dict[run.Unit, list[run.Setting]]:
+    """Return the units of a command and the settings for each."""
+    if command == "check":
+        return check.plan()
     if command == "quick":
         chosen = run.settings(config, budgets=[0.5, 0.25], bits=[4, 2], ranks=[0.75, 0.5])
-        return chosen, [run.Unit("text", 512, i, 2, 32) for i in range(2)] + [
-            run.Unit("passkey", 512, i, 2) for i in range(2)
-        ]
-    chosen = run.settings(config, budgets=[0.75, 0.5, 0.25, 0.1], bits=[8, 4, 2], ranks=[0.75, 0.5, 0.25])
-    units = [run.Unit("text", 2048, i, 8, 256) for i in range(8)]
-    return chosen, units + [run.Unit(t, 1024, i, 6) for t in ("passkey", "needle", "tracking") for i in range(6)]
+        units = run.units("text", 512, 2, 32) + run.units("passkey", 512, 2)
+    else:
+        chosen = run.settings(config, budgets=[0.75, 0.5, 0.25, 0.1], bits=[8, 4, 2], ranks=[0.75, 0.5, 0.25])
+        units = run.units("text", 2048, 6, 128) + run.units("passkey", 512, 6)
+        units += [u for task in ("passkey", "needle", "tracking") for u in run.units(task, 1024, 6)]
+    return dict.fromkeys(units, chosen)
+
+
+def choose(grid: dict, methods: list[str] | None, only: list[str] | None) -> dict:
+    """Return the part of a grid with these methods, and full, and these tasks. ValueError for names not known."""
+    if only:
+        if bad := [t for t in only if t not in ("text", *tasks.TASKS)]:
+            raise ValueError(f"no task {bad[0]!r}; there are text, {', '.join(tasks.TASKS)}")
+        asked = {u: chosen for u, chosen in grid.items() if u.task in only}
+        for task in [t for t in dict.fromkeys(only) if t not in {u.task for u in grid}]:
+            like = max((u for u in grid if u.task == "passkey"), key=lambda u: u.context)
+            asked |= dict.fromkeys(run.units(task, like.context, like.count), grid[like])
+        grid = asked
+    if methods:
+        known = {s.name or s.method for chosen in grid.values() for s in chosen}
+        if bad := [m for m in methods if m not in known]:
+            raise ValueError(f"no method {bad[0]!r} here; there are {', '.join(sorted(known))}")
+        grid = {u: [s for s in chosen if (s.name or s.method) in (*methods, "full")] for u, chosen in grid.items()}
+    return grid
 
 
 def show(records: list[dict], path: Path, title: str) -> None:
-    """Print the table and write it as Markdown beside the results."""
-    rows = summary.summarise(records)
-    Console(width=max(150, Console().width)).print(summary.table(rows, title))
+    """Print the table and write it, and what was found of every task, as Markdown beside the results."""
+    rows, (header, found) = summary.summarise(records), summary.by_task(records)
+    if not rows:
+        return
+    Console(width=max(190, Console().width)).print(summary.table(rows, title))
+    most = max((r.get("peak") or 0 for r in records), default=0)
+    note = summary.NOTE + (f" Largest process: {most / 2**30:.1f} GiB, weights and all." if most else "")
+    text = summary.markdown(rows) + f"\n{note}\n"
+    if found:
+        text += (
+            f"\nFound, and NLL of the answer in nats per token, by task and tokens:\n\n{summary.lines(header, found)}"
+        )
+    _write(path, text)
+
+
+def show_check(records: list[dict], path: Path, title: str) -> None:
+    """Print what check found and write it as Markdown beside the results."""
+    tables, notes = check.report(records)
+    console, text = Console(width=max(190, Console().width)), ""
+    for name, (header, rows) in tables:
+        console.print(summary.terminal(header, [[c.strip("`") for c in row] for row in rows], f"{name}; {title}"))
+        text += f"{name}\n\n{summary.lines(header, rows)}\n"
+    print("\n".join(notes))
+    _write(path, text + "\n".join(f"- {n}" for n in notes) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
     part = path.with_suffix(".md.part")
-    part.write_text(summary.markdown(rows), encoding="utf-8")
+    part.write_text(text, encoding="utf-8")
     part.replace(path.with_suffix(".md"))
 
 
@@ -96,23 +164,30 @@ def plot(path: Path) -> int:
     if not records:
         print(f"eval: error: {path} holds no results; run quick or full first, or give --out", file=sys.stderr)
         return 2
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
+    if not find_spec("matplotlib"):
         print("eval: error: plots need matplotlib: pip install matplotlib", file=sys.stderr)
         return 2
     rows, stem = summary.summarise(records), path.with_suffix("")
     show(records, path, str(path))
-    made = summary.pareto(rows, "kl", "KL from the full cache, nats per token", stem.with_name(stem.name + "-quality"))
-    made += summary.pareto(rows, "agnostic_nll", "NLL of hidden facts, question unseen, nats per token",
-                           stem.with_name(stem.name + "-retrieval"))  # fmt: skip
-    for setting in [
-        r["setting"] for r in rows if "agnostic" in r and (r["setting"] == "full" or "50%" in r["setting"])
-    ]:
-        name = "".join(c if c.isalnum() else "-" for c in setting).strip("-")
-        made += summary.heat(records, setting, "agnostic", stem.with_name(f"{stem.name}-depth-{name}"))
+    made = []
+    for x, y, label, name in (
+        ("held", "kl", "KL from the full cache, nats per token", "quality"),
+        ("agnostic_held", "agnostic_nll", "NLL of hidden facts, question unseen, nats per token", "retrieval"),
+        ("aware_held", "aware_nll", "NLL of hidden facts, question seen, nats per token", "retrieval-aware"),
+    ):
+        if any(x in r and y in r for r in rows):
+            when = "mean over the continuation" if y == "kl" else "after the prompt"
+            labels = f"bytes held, share of the full cache, {when}", label
+            made += plots.pareto(rows, x, y, labels, stem.with_name(f"{stem.name}-{name}"))
+    for mode in run.MODES:
+        if some := [r["setting"] for r in rows if mode in r and _in_heat(r["setting"])]:
+            made += plots.heat(records, sorted(some), mode, stem.with_name(f"{stem.name}-depth-{mode}"))
     print("\n".join(map(str, made)))
     return 0
+
+
+def _in_heat(setting: str) -> bool:
+    return setting == "full" or setting.endswith((" 50%", "bits=4", "bits=2", "rank=32"))
 
 
 if __name__ == "__main__":

@@ -26,6 +26,12 @@ def prose(tokenizer, n: int) -> torch.Tensor:
     return torch.tensor([ids[:n]])
 
 
+def fits(cache: KVCache, n: int) -> None:
+    """Raise ValueError if n tokens are more than the model's context, unless the cache renumbers."""
+    if n > cache.config.context and not cache.renumbers:
+        raise ValueError(f"{n} tokens are more than this model's context, {cache.config.context}")
+
+
 def measure(model, spec: str, ids: torch.Tensor, context: int) -> dict:
     """Return bytes held after `context` tokens of ids (1, T), and KL and agreement over the tokens that follow."""
     cache, beside = KVCache(model, spec), Beside(model)
@@ -52,9 +58,9 @@ def main(argv=None) -> int:
         if args.context < 1 or args.tokens < 1:
             raise ValueError("--context and --tokens must be at least 1")
         model, tokenizer = load(args.model)
+        for cache in [KVCache(model, spec) for spec in [*args.methods, "full"]]:  # what is wrong is said at once
+            fits(cache, args.context + args.tokens)
         ids = prose(tokenizer, args.context + args.tokens)
-        for spec in args.methods:
-            KVCache(model, spec)  # what is wrong is said before anything is measured
         print("| method | MiB held | times smaller | KL, nats per token | same top token |\n|---|---|---|---|---|")
         for spec in track(args.methods, console=Console(stderr=True), transient=True):
             r = measure(model, spec, ids, args.context)

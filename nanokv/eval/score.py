@@ -1,11 +1,14 @@
 """Score caches through the decode path: read a prompt, compress it, feed what follows through the compressed cache.
 
-One forward pass over everything would attend to the exact prompt and measure nothing. All methods of a unit (a window
-of text, a question) share the reading of the prompt where they can: those that leave it alone until its last tokens
-take over what a full cache has read (KVCache.adopt) and read the last LAST tokens themselves.
+One forward pass over everything would attend to the exact prompt and measure nothing. Several windows of text, or
+several questions, of the same length are read as one batch: a sequence gets in it what it would get alone, and the
+weights, which a step of a small batch spends its time on, are read once for all of them. All methods share the reading
+of the prompt where they can: those that leave it alone until its last tokens take over what a full cache has read
+(KVCache.adopt), those that only take notes while it is read take over what the same method has read at another budget.
 """
 
-from collections.abc import Callable, Iterator
+import statistics
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -13,102 +16,139 @@ from torch import Tensor
 from nanokv import KVCache
 from nanokv.engine import prefill
 
-LAST = 128  # tokens that a method reads itself; more than any default observation window
+LAST = 64  # tokens that a method reads itself; no default observation window is longer
+CHUNK = 64  # tokens fed at once behind a prompt, where that is the same as one by one
+PART = 16  # the same for storages that pack at the end of a pass
+SIZES = ("held", "payload", "overhead", "full")
 
 
 class Prompt:
-    """A prompt ids (1, C), of which a full cache has read all but the last tokens, to begin many caches with."""
+    """Prompts ids (B, C), of which a full cache has read all but the last tokens, to begin many caches with."""
 
-    def __init__(self, model, ids: Tensor, chunk: int | None = None):
-        self.model, self.ids = model, ids
-        self.base, self.split = KVCache(model), max(0, ids.shape[1] - LAST)
+    def __init__(self, model, ids: Tensor, chunk: int = 512):
+        self.model, self.ids, self.chunk, self.split = model, ids, chunk, max(0, ids.shape[1] - LAST)
+        self.base, self.begun = KVCache(model), (None, None)
         if self.split:
-            self.base._prompt_left = ids.shape[1] + 1  # the base never sees the end
-            for part in ids[:, : self.split].split(chunk or 512, 1):
-                model(part, self.base, last=True)
+            self._begin(self.base)
 
     def read(self, spec: str, more: Tensor | None = None) -> KVCache:
-        """Return a cache of `spec` that has read the prompt, with `more` (1, T) at its end, and compressed it."""
+        """Return a cache of `spec` that has read the prompts, with `more` (B, T) at their end, and compressed them."""
         ids = self.ids if more is None else torch.cat([self.ids, more], 1)
         cache = KVCache(self.model, spec)
-        late = self.split and not any(m.early or m.renumbers for m in cache.methods) and not any(cache.config.windows)
-        if not late or max(cache.observes, 1) > LAST:
+        early = any(m.early for m in cache.methods)
+        alone = any(m.renumbers or m.chunk for m in cache.methods) or (early and cache.storage.name != "full")
+        if not self.split or alone or any(cache.config.windows) or max(cache.observes, 1) > LAST:
             prefill(self.model, cache, ids)
             return cache
         with cache.prompt(ids.shape[1] - self.split):
-            cache.adopt(self.base)
+            self._take_over(cache) if early else cache.adopt(self.base)
             self.model(ids[:, self.split :], cache, last=True)
         return cache
 
+    def _begin(self, cache: KVCache) -> None:
+        cache._prompt_left = self.ids.shape[1] + 1  # so that it never sees the end
+        for part in self.ids[:, : self.split].split(self.chunk, 1):
+            self.model(part, cache, last=True)
 
-def follow(model, cache: KVCache, ids: Tensor, chunk: int) -> Iterator[Tensor]:
-    """Feed ids (1, T) as generated text, `chunk` tokens at a time; yield log-probabilities fp32 (t, vocab) per part.
+    def _take_over(self, cache: KVCache) -> None:
+        """Give cache what the same methods have read and noted at any budget: nothing is cut before the end."""
+        like = [(m.name, {k: v for k, v in m.parameters.items() if k != "budget"}) for m in cache.methods]
+        if self.begun[0] != like:
+            first = KVCache(self.model, cache.spec)
+            self._begin(first)
+            self.begun = like, first
+        copy, fresh = self.begun[1].clone(), cache.layers
+        cache.layers, cache.next_position = copy.layers, copy.next_position
+        for mine, own in zip(cache.layers, fresh, strict=True):
+            mine.parent, mine.policies = cache, own.policies
+
+
+def follow(model, cache: KVCache, ids: Tensor, chunk: int = CHUNK) -> Iterator[Tensor]:
+    """Feed ids (B, T) as generated text, `chunk` tokens at a time; yield log-probabilities fp32 (B, t, vocab) per part.
 
     Methods that forget in every step, which `most` tells, get single tokens as in use: how many entries the tokens of a
-    part see would depend on whether a method makes room before or after it.
+    part see would depend on whether a method makes room before or after it. Storages that pack after a pass get 16.
     """
     n = cache.next_position
+    if cache.storage.name != "full":
+        chunk = min(chunk, PART)
     if any(m.most(n, 64) < m.most(n, 0) + 64 for m in cache.methods):
         chunk = 1
     with cache.decoding():
         for part in ids.split(min(chunk, cache.chunk or chunk), 1):
-            yield model(part, cache)[0].float().log_softmax(-1)
+            yield model(part, cache).float().log_softmax(-1)
 
 
-def text(
-    model, specs: list[str], ids: Tensor, context: int, chunk: int = 16, tick: Callable = lambda: None
-) -> Iterator:
-    """Yield (spec, record) for ids (1, T), of which the first `context` tokens are the prompt.
+class Text:
+    """Windows of text ids (B, C + T), of which the first `context` = C tokens are the prompt, to score caches on."""
 
-    The record holds, over tokens context + 1 to the end: nll and kl (nats per token), same (share of equal top tokens),
-    rise (nll less the full cache's), parted (the first of these tokens where the top token differs, or None), and the
-    bytes held at the end.
-    """
-    prompt, rest = Prompt(model, ids[:, :context]), ids[:, context:-1]
-    target = ids[0, context + 1 :]
-    exact = torch.cat(list(follow(model, prompt.read("full"), rest, chunk)))  # (T, vocab)
-    full = _nll(exact, target)
-    for spec in specs:
-        cache, done, kl, same, nll = prompt.read(spec), 0, [], [], []
-        for other in follow(model, cache, rest, chunk):
-            ref, goal = exact[done : done + len(other)], target[done : done + len(other)]
-            done += len(other)
+    def __init__(self, model, ids: Tensor, context: int, chunk: int = CHUNK):
+        self.model, self.chunk, self.prompt = model, chunk, Prompt(model, ids[:, :context])
+        self.rest, self.target = ids[:, context:-1], ids[:, context + 1 :]  # (B, T - 1) both
+        self.exact = torch.cat(list(follow(model, self.prompt.read("full"), self.rest, chunk)), 1)  # (B, T - 1, vocab)
+        self.full = _nll(self.exact, self.target).mean(1)  # (B,)
+
+    def __call__(self, spec: str) -> list[dict]:
+        """Return a record for each window, of tokens C + 1 to the end.
+
+        nll and kl in nats per token, same (share of equal top tokens), rise (nll less the full cache's), parted (the
+        first of these tokens where the top token differs, or None), and bytes: held, payload, overhead and full are
+        means over the continuation, held_start and held_end are those before and after it.
+        """
+        cache, done, kl, same, nll = self.prompt.read(spec), 0, [], [], []
+        sizes = [held(cache)]
+        for other in follow(self.model, cache, self.rest, self.chunk):
+            at = slice(done, done + other.shape[1])
+            done, ref = at.stop, self.exact[:, at]
             kl.append((ref.exp() * (ref - other)).sum(-1))
             same.append(ref.argmax(-1) == other.argmax(-1))
-            nll.append(_nll(other, goal))
-        kl, same, nll = torch.cat(kl), torch.cat(same), torch.cat(nll)
-        miss = (~same).nonzero()
-        yield spec, {
-            "nll": float(nll.mean()), "rise": float(nll.mean() - full.mean()), "kl": float(kl.mean()),
-            "same": float(same.float().mean()), "parted": int(miss[0]) if len(miss) else None, **held(cache),
-        }  # fmt: skip
-        tick()
+            nll.append(_nll(other, self.target[:, at]))
+            if done % PART == 0 or done == self.rest.shape[1]:
+                sizes.append(held(cache))
+        kl, same, nll = torch.cat(kl, 1).mean(1), torch.cat(same, 1), torch.cat(nll, 1).mean(1)
+        size = {k: round(statistics.fmean(s[k] for s in sizes)) for k in SIZES}
+        size |= {"held_start": sizes[0]["held"], "held_end": sizes[-1]["held"]}
+        return [
+            {"nll": float(nll[b]), "rise": float(nll[b] - self.full[b]), "kl": float(kl[b]),
+             "same": float(row.float().mean()), "parted": int(row.byte().argmin()) if not row.all() else None, **size}
+            for b, row in enumerate(same)
+        ]  # fmt: skip
 
 
-def question(model, specs: list[str], sample, chunk: int = 16, tick: Callable = lambda: None) -> Iterator:
-    """Yield (spec, mode, record) for a tasks.Sample: exact (all right), right (share of tokens), nll (per token)."""
-    context, asked, answer = (torch.tensor([ids]) for ids in (sample.context, sample.question, sample.answer))
-    prompt = Prompt(model, context)
-    for spec in specs:
-        for mode in ("agnostic", "aware"):
-            cache = prompt.read(spec, asked[:, :-1] if mode == "aware" else None)
-            size = held(cache)
-            rest = torch.cat([asked[:, -1:] if mode == "aware" else asked, answer[:, :-1]], 1)
-            found = torch.cat(list(follow(model, cache, rest, chunk)))[-answer.shape[1] :]
-            right = found.argmax(-1) == answer[0]
-            yield spec, mode, {
-                "exact": bool(right.all()), "right": float(right.float().mean()),
-                "nll": float(_nll(found, answer[0]).mean()), **size,
-            }  # fmt: skip
-            tick()
+class Question:
+    """Questions, tasks.Sample, of equal lengths, to score caches on in both modes."""
+
+    def __init__(self, model, samples: list, chunk: int = CHUNK):
+        self.model, self.chunk = model, chunk
+        parts = ([getattr(s, name) for s in samples] for name in ("context", "question", "answer"))
+        context, self.asked, self.answer = (torch.tensor(ids) for ids in parts)  # (B, n) each
+        self.prompt = Prompt(model, context)
+
+    def length(self, mode: str) -> int:
+        """Return how many tokens are compressed: the context, and in mode "aware" the question but its last token."""
+        return self.prompt.ids.shape[1] + (self.asked.shape[1] - 1 if mode == "aware" else 0)
+
+    def __call__(self, spec: str, mode: str) -> list[dict]:
+        """Return a record for each question: exact (all right), right (share of tokens), nll (nats per token).
+
+        Bytes are those held when the prompt was compressed, before the rest of the question comes.
+        """
+        aware = mode == "aware"
+        cache = self.prompt.read(spec, self.asked[:, :-1] if aware else None)
+        size = held(cache)
+        rest = torch.cat([self.asked[:, -1:] if aware else self.asked, self.answer[:, :-1]], 1)
+        found = torch.cat(list(follow(self.model, cache, rest, self.chunk)), 1)[:, -self.answer.shape[1] :]
+        right, nll = found.argmax(-1) == self.answer, _nll(found, self.answer).mean(1)
+        return [{"exact": bool(r.all()), "right": float(r.float().mean()), "nll": float(n), **size}
+                for r, n in zip(right, nll, strict=True)]  # fmt: skip
 
 
 def _nll(logp: Tensor, target: Tensor) -> Tensor:
-    return -logp.gather(-1, target[:, None])[:, 0]
+    return -logp.gather(-1, target[..., None])[..., 0]
 
 
 def held(cache: KVCache) -> dict[str, int]:
-    """Return bytes: held in all, payload, overhead (all else that is held), and what a full cache would hold."""
-    total = cache.ledger()["total"]
-    return {"held": total["held"], "payload": total["payload"], "overhead": total["held"] - total["payload"],
-            "full": total["full"]}  # fmt: skip
+    """Return bytes per sequence: held in all, payload, overhead (all else held), and what a full cache would hold."""
+    total, B = cache.ledger()["total"], cache.layers[0].B
+    return {"held": total["held"] // B, "payload": total["payload"] // B,
+            "overhead": (total["held"] - total["payload"]) // B, "full": total["full"] // B}  # fmt: skip

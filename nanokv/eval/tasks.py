@@ -32,16 +32,22 @@ WORDS = [
 PLACES = ["warehouse", "station", "harbour", "library", "tower", "garden", "bridge", "mill", "castle", "school"]
 
 
-def corpus(tokenizer, path: str | None = None) -> list[int]:
-    """Return the tokens of a UTF-8 file, or of the standard library's documentation of the language."""
+def prose(path: str | None = None) -> str:
+    """Return a UTF-8 file's text, or the standard library's documentation of the language. ValueError if not UTF-8."""
     if path is None:
         from pydoc_data.topics import topics
 
-        text = "\n\n".join(topics[k] for k in sorted(topics))
-    else:
-        with open(path, encoding="utf-8") as f:
-            text = f.read()
-    return tokenizer.encode(text[: 8 * LIMIT])[:LIMIT]
+        return "\n\n".join(topics[k] for k in sorted(topics))
+    with open(path, encoding="utf-8") as f:
+        try:
+            return f.read()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not UTF-8: {error}") from None
+
+
+def corpus(tokenizer, path: str | None = None) -> list[int]:
+    """Return the first LIMIT tokens of `prose`."""
+    return tokenizer.encode(prose(path)[: 8 * LIMIT])[:LIMIT]
 
 
 def windows(n: int, context: int, tokens: int, count: int) -> list[int]:
