@@ -66,7 +66,8 @@ def test_order_chunks_and_company_change_nothing(m):
 
 @pytest.mark.parametrize(
     "spec", ["snapkv(budget=50)", "kivi(residual=32)", "h2o(budget=60)", "streamingllm(budget=60)",
-             "expected_attention(budget=50)", "keydiff(budget=50,block=32)", "h2o(budget=60)+kivi(residual=32)"]
+             "expected_attention(budget=50)", "keydiff(budget=50,block=32)", "h2o(budget=60)+kivi(residual=32)",
+        "h2o(budget=60)+xquant(group=32)"]
 )  # fmt: skip
 @pytest.mark.parametrize("windows", [(), (24, None)])
 def test_sharing_the_prompt_is_reading_it(spec, windows):

@@ -101,7 +101,7 @@ def plan(command: str, config) -> dict[run.Unit, list[run.Setting]]:
         chosen = run.settings(config, budgets=[0.5, 0.25], bits=[4, 2], ranks=[0.75, 0.5])
         units = run.units("text", 512, 2, 32) + run.units("passkey", 512, 2)
     else:
-        chosen = run.settings(config, budgets=[0.75, 0.5, 0.25, 0.1], bits=[8, 4, 2], ranks=[0.75, 0.5, 0.25])
+        chosen = run.settings(config, budgets=[0.5, 0.25, 0.1], bits=[8, 4, 2], ranks=[0.75, 0.5, 0.25])
         units = run.units("text", 2048, 6, 128) + run.units("passkey", 512, 6)
         units += [u for task in ("passkey", "needle", "tracking") for u in run.units(task, 1024, 6)]
     return dict.fromkeys(units, chosen)

@@ -12,6 +12,7 @@ import os
 import platform
 import subprocess
 import sys
+import threading
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from itertools import groupby
@@ -106,9 +107,16 @@ _worker = {}
 def _start(model: str, dtype: str, path) -> None:
     from weights import load
 
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     _worker["model"], tokenizer = load(model, dtype, progress=False)
     _worker["tokenizer"], _worker["corpus"] = tokenizer, tasks.corpus(tokenizer, path)
+
+
+def _leave_with_parent() -> None:
+    """End this process when the one that started it was killed, which would else leave it waiting for ever."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def work(unit: Unit, todo: list[Setting], model=None, tokenizer=None, corpus=None) -> list[dict]:

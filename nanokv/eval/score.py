@@ -36,7 +36,7 @@ class Prompt:
         ids = self.ids if more is None else torch.cat([self.ids, more], 1)
         cache = KVCache(self.model, spec)
         early = any(m.early for m in cache.methods)
-        alone = any(m.renumbers or m.chunk for m in cache.methods) or (early and cache.storage.name != "full")
+        alone = any(m.renumbers or m.chunk for m in cache.methods)  # forgets while it reads
         if not self.split or alone or any(cache.config.windows) or max(cache.observes, 1) > LAST:
             prefill(self.model, cache, ids)
             return cache

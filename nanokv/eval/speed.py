@@ -1,4 +1,4 @@
-"""Prefill and decode speed of methods, side by side in one run: python -m nanokv.eval.speed --help
+"""Prefill and decode speed of methods, side by side in one run: python -m nanokv.eval speed --help
 
 Contestants take turns, a few steps each, over and over, so that whatever else the machine does hits all of them;
 medians are reported. transformers runs on the same weights where it is installed. The bound is what reading the weights
@@ -14,6 +14,7 @@ import platform
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -21,22 +22,28 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from nanokv import KVCache
+from nanokv import KVCache, kernels
 from nanokv.engine import prefill
+from nanokv.eval import plots
+from nanokv.eval.compare import fits
 
 
 class Ours:
-    """A method of this project."""
+    """A method of this project, on one backend."""
 
-    def __init__(self, model, spec: str):
-        self.name, self.model, self.spec = spec, model, spec
+    def __init__(self, model, spec: str, backend: str = "auto"):
+        self.name, self.model, self.spec, self.backend = spec, model, spec, backend
+        self.device, self.used = model.embed.weight.device, ""
 
     def prefill(self, ids) -> None:
-        self.cache = KVCache(self.model, self.spec)
-        prefill(self.model, self.cache, ids)
+        with kernels.use(self.backend):
+            self.cache = KVCache(self.model, self.spec)
+            prefill(self.model, self.cache, ids)
 
     def step(self, ids) -> None:
-        self.model(ids, self.cache, last=True)
+        with kernels.use(self.backend):
+            self.model(ids, self.cache, last=True)
+            self.used = kernels.used()
 
     def nbytes(self) -> int:
         return self.cache.nbytes
@@ -45,7 +52,10 @@ class Ours:
 class Peer:
     """transformers with its default cache."""
 
+    backend = used = "transformers"
+
     def __init__(self, model, attention: str):
+        self.device = model.embed.weight.device
         self.name, self.hf = f"transformers ({attention})", importlib.import_module("transformers")
         c, kind = (
             model.config,
@@ -62,7 +72,7 @@ class Peer:
         state = dict(model.slots())
         state.setdefault("lm_head.weight", state["model.embed_tokens.weight"])
         self.model.load_state_dict(state, assign=True, strict=True)  # the same memory, not a copy
-        rotary = type(self.model.model.rotary_emb)(config)  # its frequencies are no parameters
+        rotary = type(self.model.model.rotary_emb)(config).to(self.device)  # its frequencies are no parameters
         self.model.model.rotary_emb = rotary
         self.model.eval()
 
@@ -84,45 +94,58 @@ class Peer:
 def bandwidth(device="cpu", mib: int = 512, tries: int = 7) -> float:
     """Return the read bandwidth in bytes per second: the median time to sum a tensor too large for most caches."""
     x, times = torch.ones(mib << 18, device=device), []
-    for _ in range(tries):
+    for _ in range(tries + 1):  # the first one warms up
         start = time.perf_counter()
         x.sum().item()
         times.append(time.perf_counter() - start)
-    return x.nbytes / statistics.median(times)
+    return x.nbytes / statistics.median(times[1:])
 
 
-def contestants(model, specs: list[str], peers: list[str]) -> list:
+def contestants(model, specs: list[str], peers: list[str], backends=("auto",)) -> list:
     """Return the things to be compared; peers are attention implementations of transformers."""
-    return [*(Ours(model, s) for s in specs), *(Peer(model, p) for p in peers)]
+    ours = [Ours(model, spec, backend) for spec in specs for backend in dict.fromkeys(backends)]
+    if len(set(backends)) > 1:
+        for c in ours:
+            c.name = f"{c.spec} [{c.backend}]"
+    return [*ours, *(Peer(model, p) for p in peers)]
+
+
+def _seconds(f: Callable, ids, device) -> float:
+    """Return how long f(ids) takes, what it leaves running on a GPU included."""
+    start = time.perf_counter()
+    f(ids)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
 
 
 def measure(
     field: list, contexts: list[int], rounds: int, repeats: int, advance=lambda: None, vocab=1000
 ) -> list[dict]:
-    """Time every contestant at every context; return one record each, times in seconds."""
+    """Time every contestant at every context; return one record each, times in seconds.
+
+    prefill_s is the time to first token, from the prompt to the logits behind it.
+    """
     out = []
     for n in contexts:
-        ids = torch.randint(0, vocab, (1, n), generator=torch.Generator().manual_seed(n))
+        ids = torch.randint(0, vocab, (1, n), generator=torch.Generator().manual_seed(n)).to(field[0].device)
         prefills, steps = {c.name: [] for c in field}, {c.name: [] for c in field}
         for _ in range(repeats):
             for c in field:
                 c.cache = None
                 gc.collect()
-                start = time.perf_counter()
-                c.prefill(ids)
-                prefills[c.name].append(time.perf_counter() - start)
+                prefills[c.name].append(_seconds(c.prefill, ids, c.device))
                 advance()
         for c in field:
-            c.step(ids[:, :1])  # warm up
+            _seconds(c.step, ids[:, :1], c.device)  # warm up
         for _ in range(rounds):
             for c in field:
                 for _ in range(3):
-                    start = time.perf_counter()
-                    c.step(ids[:, :1])
-                    steps[c.name].append(time.perf_counter() - start)
+                    steps[c.name].append(_seconds(c.step, ids[:, :1], c.device))
             advance()
         for c in field:
-            out.append({"context": n, "name": c.name, "prefill_s": statistics.median(prefills[c.name]),
+            out.append({"context": n, "name": c.name, "backend": c.backend, "used": c.used,
+                        "prefill_s": statistics.median(prefills[c.name]),
                         "step_s": statistics.median(steps[c.name]), "best_step_s": min(steps[c.name]),
                         "cache_bytes": c.nbytes()})  # fmt: skip
             c.cache = None
@@ -135,6 +158,8 @@ def table(records: list[dict], weights: int, speed: float, base: str, title: str
     for column in (
         "context",
         "contestant",
+        "decode on",
+        "first token, s",
         "prefill tok/s",
         "ratio",
         "decode tok/s",
@@ -142,12 +167,12 @@ def table(records: list[dict], weights: int, speed: float, base: str, title: str
         "of the bound",
         "cache MiB",
     ):
-        out.add_column(column, justify="left" if column == "contestant" else "right")
+        out.add_column(column, justify="left" if column in ("contestant", "decode on") else "right")
     for r in records:
         other = next(x for x in records if x["context"] == r["context"] and x["name"] == base)
         bound = (weights + r["cache_bytes"]) / speed
         out.add_row(
-            str(r["context"]), r["name"],
+            str(r["context"]), r["name"], r["used"], f"{r['prefill_s']:.2f}",
             f"{r['context'] / r['prefill_s']:.0f}", f"{other['prefill_s'] / r['prefill_s']:.2f}",
             f"{1 / r['step_s']:.1f}", f"{other['step_s'] / r['step_s']:.2f}",
             f"{bound / r['step_s']:.0%}", f"{r['cache_bytes'] / 2**20:.1f}",
@@ -155,61 +180,112 @@ def table(records: list[dict], weights: int, speed: float, base: str, title: str
     return out
 
 
-def machine() -> dict:
+def machine(device) -> dict:
     """Return what a speed depends on besides the code."""
-    return {"machine": platform.machine(), "cpus": os.cpu_count(), "threads": torch.get_num_threads(),
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return {"device": name, "machine": platform.machine(), "cpus": os.cpu_count(), "threads": torch.get_num_threads(),
             "torch": torch.__version__, "python": platform.python_version(), "load": os.getloadavg()[0],
             "capability": torch.backends.cpu.get_cpu_capability()}  # fmt: skip
 
 
-def main(argv=None) -> int:
-    """Run the command line; return its exit code."""
-    from weights import LoadError, load
+def draw(result: list[dict], stem: Path) -> list[Path]:
+    """Draw decode speed and time to first token against context, from what --json writes."""
+    many = len({run["about"]["dtype"] for run in result}) > 1
+    steps, firsts = {}, {}
+    for run in result:
+        for r in sorted(run["records"], key=lambda r: r["context"]):
+            name = f"{r['name']}, {run['about']['dtype']}" if many else r["name"]
+            steps.setdefault(name, []).append((r["context"], 1 / r["step_s"]))
+            firsts.setdefault(name, []).append((r["context"], r["prefill_s"]))
+    what = f"batch 1, {result[0]['about']['threads']} threads of {result[0]['about']['machine']}"
+    made = plots.curves(steps, ("context, tokens", f"decode, tokens per second ({what})"), stem, dots=True)
+    first = stem.with_name(stem.name + "-first")
+    return made + plots.curves(firsts, ("prompt, tokens", f"time to first token, s ({what})"), first, dots=True)
 
-    parser = argparse.ArgumentParser(prog="python -m nanokv.eval.speed", description=__doc__.split("\n\n")[0])
-    parser.add_argument("methods", nargs="*", default=["full"], help="specs such as full 'kivi(bits=2)'")
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m nanokv.eval speed", description=__doc__.split("\n\n")[0])
+    parser.add_argument("methods", nargs="*", default=["full"], help="specs such as 'kivi(bits=2)', beside full")
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--dtype", nargs="+", default=["fp32"], help="fp32, bf16, fp16")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1")
+    parser.add_argument("--backend", nargs="+", default=["auto"], choices=("auto", "torch", "triton"),
+                        help="each method on each of these; triton needs a GPU")  # fmt: skip
     parser.add_argument("--contexts", nargs="+", type=int, default=[16, 1024, 4096])
     parser.add_argument("--peer", nargs="*", default=None, help="attention of transformers: sdpa, eager; default: sdpa")
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--rounds", type=int, default=10, help="turns of three decode steps")
     parser.add_argument("--repeats", type=int, default=1, help="prefills of each contestant")
-    parser.add_argument("--json", metavar="FILE")
-    args = parser.parse_args(argv)
+    parser.add_argument("--json", metavar="FILE", help="write what was measured")
+    parser.add_argument("--plot", metavar="STEM", help="draw STEM.png, STEM.svg and STEM-first.png, STEM-first.svg")
+    parser.add_argument("--read", metavar="FILE", help="measure nothing, draw what --json wrote earlier")
+    return parser
+
+
+def main(argv=None) -> int:
+    """Run the command line; return its exit code."""
+    from weights import LoadError
+
+    args = _parser().parse_args(argv)
+    try:
+        if args.read and not args.plot:
+            raise ValueError("--read draws what was measured; say where with --plot STEM")
+        result = json.loads(Path(args.read).read_text()) if args.read else run(args)
+        if args.json:
+            temporary = Path(args.json + ".part")
+            temporary.write_text(json.dumps(result, indent=1))
+            temporary.replace(args.json)
+        if args.plot:
+            print("\n".join(map(str, draw(result, Path(args.plot)))))
+    except (LoadError, ValueError, NotImplementedError, ImportError, OSError) as error:
+        print(f"speed: error: {error}", file=sys.stderr)
+        return 2
+    except (KeyError, TypeError):
+        print(f"speed: error: {args.read} is not what --json writes", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def run(args) -> list[dict]:
+    """Measure what the command line asks for, print a table per dtype, and return what --json writes."""
+    from weights import load
+
+    if min(args.contexts) < 1 or args.rounds < 1 or args.repeats < 1 or (args.threads or 1) < 1:
+        raise ValueError("--contexts, --rounds, --repeats and --threads must be at least 1")
+    if args.plot and not importlib.util.find_spec("matplotlib"):
+        raise ValueError("plots need matplotlib: pip install matplotlib")
     if args.threads:
         torch.set_num_threads(args.threads)
     peers = args.peer
     if peers is None:
         peers = ["sdpa"] if importlib.util.find_spec("transformers") else []
-    console, result = Console(width=max(100, Console().width)), []
+    specs = args.methods if "full" in args.methods else ["full", *args.methods]
+    console, result = Console(width=max(110, Console().width)), []
     for dtype in args.dtype:
-        try:
-            model, _ = load(args.model, dtype)
-            for spec in args.methods:
-                KVCache(model, spec)  # what is wrong is said before anything is measured
-            field = contestants(model, args.methods, peers)
-        except (LoadError, ValueError, NotImplementedError, ImportError) as error:
-            print(f"speed: error: {error}", file=sys.stderr)
-            return 2
+        model, _ = load(args.model, dtype, args.device)
+        device = model.embed.weight.device
+        if "triton" in args.backend and (why := kernels.missing(device)):
+            raise ValueError(f"--backend triton: {why}; here only torch can be measured")
+        for cache in [KVCache(model, spec) for spec in specs]:  # what is wrong is said before anything is measured
+            fits(cache, max(args.contexts) + 3 * args.rounds + 1)
+        field = contestants(model, specs, peers, args.backend)
         total = len(args.contexts) * (len(field) * args.repeats + args.rounds)
         columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
         with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
             task = progress.add_task(dtype, total=total)
-            speed = bandwidth()
-            records = measure(field, args.contexts, args.rounds, args.repeats, lambda: progress.advance(task))
+            speed = bandwidth(device)
+            vocab = min(1000, model.config.vocab)
+            records = measure(field, args.contexts, args.rounds, args.repeats, lambda: progress.advance(task), vocab)
         weights = sum(p.numel() * p.element_size() for p in model.parameters())
-        about = machine() | {"dtype": dtype, "bandwidth": speed, "weights": weights, "batch": 1}
-        base = field[-1].name if peers else field[0].name
-        title = (f"{args.model}, {dtype}, batch 1, {about['threads']} threads, {speed / 1e9:.0f} GB/s read; "
-                 f"ratios to {base}, above 1 is faster")  # fmt: skip
+        about = machine(device) | {"dtype": dtype, "bandwidth": speed, "weights": weights, "batch": 1}
+        base = field[-1].name if peers else next(c.name for c in field if c.spec == "full")
+        title = (f"{args.model}, {dtype}, {about['device']}, batch 1, {about['threads']} threads, "
+                 f"{speed / 1e9:.0f} GB/s read; ratios to {base}, above 1 is faster")  # fmt: skip
         console.print(table(records, weights, speed, base, title))
         result.append({"about": about, "records": records})
-    if args.json:
-        temporary = Path(args.json + ".part")
-        temporary.write_text(json.dumps(result, indent=1))
-        temporary.replace(args.json)
-    return 0
+    return result
 
 
 if __name__ == "__main__":

@@ -1,0 +1,227 @@
+"""The commands of the harness: killed runs, figures of another tool, bytes against tokens, speed and its pictures."""
+
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import tiny
+import torch
+from test_generate import write_model
+
+from nanokv import KVCache
+from nanokv.eval import __main__ as command
+from nanokv.eval import check, growth, reference, run, score, speed, tasks
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def m():
+    return tiny.model(context=1024)
+
+
+# a run that is killed
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    write_model(path)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 1024}))
+    words = ["the", "cache", "is", "an", "object", "and", "a", "list", "of", "rows", "which", "may", "be", "cut"]
+    (path / "a.txt").write_text(" ".join(words[i * i % 13] for i in range(3000)))
+    return path
+
+
+def start(folder, out, *more):
+    args = ["quick", "--model", folder, "--text", folder / "a.txt", "--jobs", "2", "--out", out, *more]
+    args += ["--methods", "window", "kivi", "snapkv", "h2o", "knorm"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    call = [sys.executable, "-m", "nanokv.eval", *map(str, args)]
+    return subprocess.Popen(call, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def test_a_killed_run_leaves_nothing_behind_and_goes_on_to_the_same_results(folder, tmp_path):
+    cut, whole = tmp_path / "cut.jsonl", tmp_path / "whole.jsonl"
+    child = start(folder, cut)
+    while not run.read(cut):
+        assert child.poll() is None, child.stderr.read()
+        time.sleep(0.02)
+    others = psutil.Process(child.pid).children(recursive=True)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    before = len(run.read(cut))
+    gone, left = psutil.wait_procs(others, timeout=20)
+    assert others and not left
+    for path in (cut, whole):
+        child = start(folder, path)
+        assert child.wait(120) == 0, child.stderr.read()
+
+    def of(path):
+        return {r["key"]: {k: v for k, v in r.items() if k != "peak"} for r in run.read(path)}
+
+    assert of(cut) == of(whole) and before < len(of(whole)) == 11 * (2 + 2 * 2)
+    tables = [p.with_suffix(".md").read_text().split("Largest process") for p in (cut, whole)]
+    assert tables[0][0] == tables[1][0] and tables[0][1].split("\n", 1)[1] == tables[1][1].split("\n", 1)[1]
+
+
+# figures of another tool
+
+
+def fake(shift=0.0):
+    """Return records as a run of `check` makes them, with the other tool's figures plus shift."""
+    out = []
+    for name, _, label, rise, _ in check._points():
+        one = {"setting": label, "task": "text", "nll": 2.371, "spec": name, "context": 2048}
+        out += [one | {"rise": rise + shift + d} for d in (-0.004, 0.004)]
+    for _, _, label, mode, n, (found, total, nll) in check._asked():
+        one = {"setting": label, "task": "passkey", "mode": mode, "context": n}
+        for i in range(total):
+            nll_i = (nll or 0.0) + shift + (-1) ** i * 0.01
+            out.append(one | {"exact": i >= total - found, "depth": (i + 0.5) / total, "nll": nll_i})
+    return out
+
+
+def verdicts(records):
+    return [row[-1] for _, (_, rows) in check.report(records)[0] for row in rows]
+
+
+def test_check_says_equal_of_equal_figures_and_not_explained_of_others():
+    same = verdicts(fake())
+    assert set(same) == {"equal"} and len(same) == 9 * 4 + 3 + 2 + 2 * 9 * 4 + 4 + 3
+    near = verdicts(fake(0.0059))
+    assert near[:4] == ["within error: other draws"] * 4 and near[4] == "within error"
+    far = verdicts(fake(0.5))
+    assert far.count("NOT EXPLAINED") == 8 * 4 + 1 + 2 * 8 * 4 and far[0] == "other draws"
+
+
+def test_streamingllm_must_find_what_it_keeps():
+    lines = [n for n in check.report(fake())[1] if "keys inside the window" in n]
+    assert len(lines) == 8 and all(n.endswith("equal") for n in lines)
+    assert "found 9/12, keys inside the window 9/12" in lines[0]
+    lost = [r | {"exact": False} for r in fake()]
+    assert all("differs" in n for n in check.kept(lost))
+
+
+def test_check_measures_every_figure_that_it_compares(m):
+    plan = check.plan()
+    labels = {(u.task, u.context, s.label, mode) for u, chosen in plan.items() for s in chosen for mode in s.modes}
+    assert {("text", 2048, label, "agnostic") for _, _, label, *_ in check._points()} <= labels
+    assert {("passkey", n, label, mode) for _, _, label, mode, n, _ in check._asked()} <= labels
+    for s in {s for chosen in plan.values() for s in chosen}:
+        for n in (2048, 2010):
+            KVCache(m, s.spec(n))
+    assert all(u.seed == 2055 for u in plan if (u.task, u.context) == ("passkey", 2048))
+    (start, *_) = (tasks.windows(40960, u.context, u.tokens, u.count)[1] for u in plan if u.task == "text")
+    assert start == (40960 - 2048 - 256) // 7
+
+
+def test_the_check_settings_cut_once_and_forget_nothing_afterwards(m):
+    prompt = score.Prompt(m, tiny.ids(300))
+    for s in [s for s in check.settings() if s.value == 1 - 0.75]:
+        cache = prompt.read(s.spec(300))
+        before = [cache.live_positions(i, h) for i in (0, 1) for h in (0, 1)]
+        assert sum(map(len, before)) == 4 * 75
+        if s.name == "streamingllm":
+            assert all(p.tolist() == [0, 1, 2, 3, *range(229, 300)] for p in before)
+        tiny.steps(m, cache, tiny.ids(20))
+        after = [cache.live_positions(i, h) for i in (0, 1) for h in (0, 1)]
+        for old, new in zip(before, after, strict=True):
+            assert new.tolist() == [*old.tolist(), *range(300, 320)], s.label
+
+
+def test_check_refuses_another_model_or_text(capsys):
+    assert command.main(["check", "--dtype", "bf16"]) == 2
+    assert "default model" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_seeing_the_question_does_not_harm_snapkv(smollm2):
+    model, tokenizer = smollm2
+    ask = score.Question(model, tasks.samples("passkey", tokenizer, tasks.corpus(tokenizer), 512, 6))
+    for share in (0.5, 0.25):
+        nll = {}
+        for mode in run.MODES:
+            spec = run.Setting("snapkv", "budget", share).spec(ask.length(mode))
+            nll[mode] = statistics.fmean(r["nll"] for r in ask(spec, mode))
+        assert nll["aware"] < nll["agnostic"] + 0.1
+
+
+@pytest.mark.slow
+def test_the_first_window_is_as_the_other_tool_has_it(smollm2):
+    """Over all eight windows snapkv at half the entries raises the NLL by 0.036; the standard error is 0.014."""
+    model, tokenizer = smollm2
+    ids, s = tasks.corpus(tokenizer), check._setting("snapkv", 0.5)
+    starts = tasks.windows(len(ids), 2048, 256, 8)
+    rise = []
+    for i in (0, 2, 4, 6):
+        text = score.Text(model, torch.tensor([ids[starts[i] : starts[i] + 2304]]), 2048)
+        rise.append(text(s.spec(2048))[0]["rise"])
+    assert abs(statistics.fmean(rise) - reference.RISE["snapkv"][1]) < 3 * reference.RISE_ERROR["snapkv"][0]
+
+
+# bytes against tokens
+
+
+def test_bytes_grow_with_the_text_or_do_not(m, tmp_path, capsys, monkeypatch):
+    full, window = (growth.measure(m, s, tiny.ids(160), 100) for s in ("full", "window(budget=40)"))
+    assert [n for n, _ in full] == [0, *range(8, 61, 8), 60]
+    assert full[-1][1] > full[0][1] and window[-1][1] <= window[0][1] * 1.1 < full[0][1]
+    cache = KVCache(m, "full")
+    tiny.feed(m, cache, tiny.ids(100))
+    assert full[0][1] == cache.nbytes
+    monkeypatch.setattr("weights.load", lambda *a, **k: (m, None))
+    monkeypatch.setattr("nanokv.eval.compare.prose", lambda tokenizer, n: tiny.ids(n))
+    out = str(tmp_path / "a")
+    assert command.main(["bytes", "full", "window(budget=40)", "--context", "100", "--tokens", "30", "--out", out]) == 0
+    assert all(5000 < (tmp_path / f"a.{kind}").stat().st_size < 1e6 for kind in ("png", "svg"))
+    assert json.loads((tmp_path / "a.json").read_text())["bytes"]["full"][0] == [0, full[0][1]]
+    capsys.readouterr()
+    for wrong in (["nonsense"], ["full", "--context", "2000"], ["full", "--tokens", "0"]):
+        assert command.main(["bytes", *wrong]) == 2
+        assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+# speed
+
+
+def test_speed_writes_draws_and_reads_what_it_measured(m, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("weights.load", lambda *a, **k: (m, None))
+    file, stem = tmp_path / "s.json", tmp_path / "p"
+    small = ["--contexts", "20", "40", "--rounds", "1", "--peer"]
+    assert command.main(["speed", "window(budget=8)", *small, "--json", str(file), "--plot", str(stem)]) == 0
+    (found,) = json.loads(file.read_text())
+    names = [(r["context"], r["name"]) for r in found["records"]]
+    assert names == [(n, s) for n in (20, 40) for s in ("full", "window(budget=8)")]  # the full cache is always there
+    assert all(r["used"] == "torch" and r["prefill_s"] > 0 for r in found["records"])
+    made = [tmp_path / f"p{end}" for end in (".png", ".svg", "-first.png", "-first.svg")]
+    assert all(5000 < p.stat().st_size < 1e6 for p in made)
+    made[0].unlink()
+    assert command.main(["speed", "--read", str(file), "--plot", str(stem)]) == 0 and made[0].exists()
+    capsys.readouterr()
+    file.write_text("{}")
+    for wrong in (["--read", str(file), "--plot", str(stem)], ["--contexts", "1020"], ["--contexts", "0"],
+                  ["--read", str(tmp_path / "none")]):  # fmt: skip
+        assert command.main(["speed", *wrong]) == 2
+        assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_speed_says_that_triton_needs_a_gpu(m, capsys, monkeypatch):
+    monkeypatch.setattr("weights.load", lambda *a, **k: (m, None))
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert command.main(["speed", "--backend", "torch", "triton", "--contexts", "20"]) == 2
+    assert "only torch can be measured" in capsys.readouterr().err
+
+
+def test_speed_takes_each_method_on_each_backend(m):
+    field = speed.contestants(m, ["full", "window(budget=8)"], [], ["torch", "auto"])
+    assert [c.name for c in field] == [f"{s} [{b}]" for s in ("full", "window(budget=8)") for b in ("torch", "auto")]
