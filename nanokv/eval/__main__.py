@@ -97,14 +97,13 @@ def plan(command: str, config) -> dict[run.Unit, list[run.Setting]]:
     """Return the units of a command and the settings for each."""
     if command == "check":
         return check.plan()
+    chosen = run.settings(config, budgets=[0.5, 0.25], bits=[4, 2], ranks=[0.75, 0.5])
     if command == "quick":
-        chosen = run.settings(config, budgets=[0.5, 0.25], bits=[4, 2], ranks=[0.75, 0.5])
-        units = run.units("text", 512, 2, 32) + run.units("passkey", 512, 2)
-    else:
-        chosen = run.settings(config, budgets=[0.5, 0.25, 0.1], bits=[8, 4, 2], ranks=[0.75, 0.5, 0.25])
-        units = run.units("text", 2048, 6, 128) + run.units("passkey", 512, 6)
-        units += [u for task in ("passkey", "needle", "tracking") for u in run.units(task, 1024, 6)]
-    return dict.fromkeys(units, chosen)
+        return dict.fromkeys(run.units("text", 512, 2, 32) + run.units("passkey", 512, 2), chosen)
+    more = run.settings(config, budgets=[0.5, 0.25, 0.1], bits=[8, 4, 2], ranks=[0.75, 0.5, 0.25])
+    units = [u for task in ("passkey", "needle", "tracking") for u in run.units(task, 1024, 6)]
+    units += run.units("passkey", 512, 6)  # at a tenth of the entries all lose what was hidden: strengths as in quick
+    return dict.fromkeys(run.units("text", 2048, 6, 128), more) | dict.fromkeys(units, chosen)
 
 
 def choose(grid: dict, methods: list[str] | None, only: list[str] | None) -> dict:

@@ -159,4 +159,4 @@ def report(records: list[dict]) -> tuple[list[tuple[str, tuple]], list[str]]:
         notes.append(
             "This Python's documentation is not that of Python 3.11, on which theirs was measured: other windows."
         )
-    return tables, notes + kept(records)
+    return [t for t in tables if t[1][1]], notes + kept(records)

@@ -12,7 +12,7 @@ from rich.progress import track
 
 from nanokv import KVCache
 from nanokv.engine import prefill
-from nanokv.eval import plots, summary
+from nanokv.eval import plots, score, summary
 
 SPECS = ["full", "kivi(bits=4)", "xquant(bits=4)", "pca(rank=32)", "snapkv(budget=256)", "streamingllm(budget=256)",
          "streamingllm(budget=256)+kivi(bits=4)"]  # fmt: skip
@@ -22,10 +22,10 @@ def measure(model, spec: str, ids: torch.Tensor, context: int, step: int = 8) ->
     """Return (tokens generated, bytes held) after the prompt, ids (1, T) up to `context`, and every `step` tokens."""
     cache = KVCache(model, spec)
     prefill(model, cache, ids[:, :context])
-    out = [(0, cache.nbytes)]
-    for i in range(context, ids.shape[1]):
-        model(ids[:, i : i + 1], cache, last=True)
-        if (n := i + 1 - context) % step == 0 or i + 1 == ids.shape[1]:
+    out, n, total = [(0, cache.nbytes)], 0, ids.shape[1] - context
+    for logp in score.follow(model, cache, ids[:, context:], step):
+        n += logp.shape[1]
+        if n % step == 0 or n == total:
             out.append((n, cache.nbytes))
     return out
 

@@ -49,24 +49,32 @@ def _style(i: int, shade: float) -> dict:
 
 
 def pareto(rows: list[dict], x: str, y: str, labels: tuple[str, str], path: Path) -> list[Path]:
-    """Draw quality against bytes held: a marker per family, a line per method, the frontier, the full cache's level.
+    """Draw quality against bytes held: a marker per family, a number per method, the frontier, the full cache's level.
 
     rows are those of summary.summarise; x and y name what to draw, labels are the axes', with units.
     """
     from matplotlib.ticker import PercentFormatter
 
     plt, axes = _pyplot(), _axes()
-    figure, ax = plt.subplots(figsize=(9.5, 5.5))
+    figure, ax = plt.subplots(figsize=(9.5, 6.5))
     rows = [r for r in rows if x in r and y in r]
     names = [n for n in dict.fromkeys(r["method"] for r in rows) if n != "full"]
     for i, name in enumerate(sorted(names, key=lambda n: (list(MARKERS).index(axes.get(n, "none")), n))):
         mine = sorted((r[x], r[y]) for r in rows if r["method"] == name)
-        look = {"marker": MARKERS[axes.get(name, "none")], "mfc": "white" if i % 2 else "0.3", "mec": "black"}
-        label = f"{name} ({axes.get(name, '?')})"
-        ax.plot(*zip(*mine, strict=True), label=label, **look, **_style(i, i / max(1, len(names))))
+        look = _style(i, i / max(1, len(names))) | {
+            "ms": 10,
+            "mfc": "white",
+            "mec": "black",
+            "mew": 0.7,
+            "zorder": 2 + i,
+        }
+        kind = axes.get(name, "none")
+        ax.plot(*zip(*mine, strict=True), label=f"{i + 1} {name} ({kind})", marker=MARKERS[kind], **look)
+        for at in mine:
+            ax.annotate(str(i + 1), at, ha="center", va="center_baseline", fontsize=5.5, zorder=2 + i)
     edge = frontier([(r[x], r[y]) for r in rows if r["method"] != "full"])
     if edge:
-        ax.plot(*zip(*edge, strict=True), color="black", lw=4, alpha=0.25, drawstyle="steps-post", label="frontier")
+        ax.plot(*zip(*edge, strict=True), color="black", lw=5, alpha=0.25, drawstyle="steps-post", label="frontier")
     for r in rows:
         if r["method"] == "full":
             ax.axhline(r[y], color="black", lw=0.8, ls=":")
@@ -74,9 +82,10 @@ def pareto(rows: list[dict], x: str, y: str, labels: tuple[str, str], path: Path
     ax.set(xlabel=labels[0], ylabel=labels[1])
     ax.set_xlim(left=0)
     ax.set_yscale("symlog", linthresh=0.01)
-    ax.set_ylim(bottom=min(0, *(r[y] for r in rows)) if rows else 0)
+    values = [0, *(r[y] for r in rows)]
+    ax.set_ylim(min(values), 1.4 * max(values) or 1)
     ax.xaxis.set_major_formatter(PercentFormatter(1.0))
-    ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
+    ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, markerscale=0.7, handlelength=4)
     ax.grid(alpha=0.3)
     return _save(plt, figure, path)
 
@@ -91,8 +100,9 @@ def heat(records: list[dict], settings: list[str], mode: str, path: Path) -> lis
     shape = -(-len(settings) // columns), columns
     size = 1.6 + columns * max(1.6, 0.3 * len(depths)), 1 + shape[0] * (0.7 + 0.28 * len(names))
     figure, panels = plt.subplots(*shape, figsize=size, sharex=True, sharey=True, squeeze=False, layout="constrained")
-    for ax in panels.flat[len(settings) :]:
-        ax.set_visible(False)
+    for i, ax in enumerate(panels.flat):
+        ax.set_visible(i < len(settings))
+        ax.tick_params(labelbottom=i + columns >= len(settings))  # the lowest panel of a column
     for ax, setting in zip(panels.flat, settings, strict=False):
         grid = [[math.nan] * len(depths) for _ in names]
         for r in (r for r in of if r["setting"] == setting):
