@@ -134,13 +134,51 @@ def ragged(q: Tensor, rows: list, mask: Mask) -> Tensor:
     B, H, T, D = q.shape
     Hkv = len(rows) // B
     add = mask.additive(q.dtype)
-    add = None if add is None else add.expand(B, Hkv, T, -1).flatten(0, 1)  # (R, T, N)
-    q = q.reshape(B * Hkv, -1, T, D)  # (R, G, T, D)
+    if add is not None:  # (R, G * T, N)
+        add = add.expand(B, Hkv, T, -1).flatten(0, 1)[:, None].expand(-1, H // Hkv, -1, -1).flatten(1, 2)
+    q = q.reshape(B * Hkv, 1, 1, -1, D)  # the G queries of a group are rows of one problem: (R, 1, 1, G * T, D)
     out = []
     for r, (k, v) in enumerate(rows):
         see = None if add is None else add[r, :, : len(k)]
-        out.append(F.scaled_dot_product_attention(q[r : r + 1], k[None, None], v[None, None], attn_mask=see))
+        out.append(F.scaled_dot_product_attention(q[r], k[None, None], v[None, None], attn_mask=see))
     return torch.cat(out).view(B, H, T, -1)
+
+
+def attend_and_sum(q: Tensor, k: Tensor, v: Tensor, mask: Mask, how: str = "sum") -> tuple[Tensor, Tensor]:
+    """Compute `reference` in q's dtype, and what each entry is paid by all queries together: fp32 (B, Hkv, N).
+
+    Each query's probabilities are reduced over its group by `how` ("mean", "max" or "sum"), then added up. BLOCK queries
+    of one head at a time on a CPU, whose probabilities its cache can hold.
+    """
+    (B, H, T, D), (_, Hkv, N, _) = q.shape, k.shape
+    R, G = B * Hkv, H // Hkv
+    add = None if mask.causal else mask.additive()
+    add = None if add is None else add.expand(B, Hkv, T, N).flatten(0, 1)
+    later = torch.full((min(T, BLOCK),) * 2, -torch.inf, device=q.device).triu_(1)  # of a block's own entries
+    x, k, v = (t.float().reshape(R, -1, *t.shape[2:]).flatten(1, -2) for t in (q / math.sqrt(D), k, v))
+    x, o, paid = x.view(R, G, T, D), x.new_empty(R, G, T, D), x.new_zeros(R, N)
+    for r in torch.arange(R).split(1 if q.device.type == "cpu" else R):
+        r = slice(int(r[0]), int(r[-1]) + 1)
+        for i in range(0, T, BLOCK):
+            j = min(i + BLOCK, T)
+            n = N - T + j if mask.causal else N  # what the last of the block can see
+            shares = []
+            for g in range(G):
+                s = x[r, g, i:j] @ k[r, :n].mT  # (rows, block, n)
+                if mask.causal:
+                    s[..., n - (j - i) :] += later[: j - i, : j - i]
+                elif add is not None:
+                    s += add[r, i:j]
+                p = torch.softmax(s, -1, out=s)  # row by row, so that a row is read before it is overwritten
+                p = p.nan_to_num_(0.0) if mask.see is not None else p
+                torch.matmul(p, v[r, :n], out=o[r, g, i:j])
+                shares.append(p if how == "max" else p.new_ones(1, j - i) @ p)
+            paid[r, :n] += torch.stack(shares).amax(0).sum(1) if how == "max" else sum(shares)[:, 0]
+    paid = paid / G if how == "mean" else paid
+    return o.view(B, H, T, D).to(q.dtype), paid.view(B, Hkv, N)
+
+
+BLOCK = 128
 
 
 def reduce_group(s: Tensor, n_kv_heads: int, how: str) -> Tensor:
@@ -160,8 +198,7 @@ def window_scores(cache, window: int, kernel: int, pooling: str, reduce: str) ->
     q, pos = cache.observed()
     p = cache.probs(q[:, :, -window:], pos[..., -window:])  # (B, H, W, N)
     s = reduce_group(p.sum(2), cache.config.n_kv_heads, reduce)  # (B, Hkv, N)
-    rank = cache.rank.expand_as(s)
-    old = (rank >= 0) & (rank <= rank.amax(-1, keepdim=True) - window)
+    old = (cache.live & ~cache.newest(window)).expand_as(s)
     order = torch.argsort(~old, dim=-1, stable=True)  # what is scored first, oldest to newest, without gaps
     line = torch.where(old, s, 0.0).gather(-1, order)
     pool = {"max": F.max_pool1d, "avg": F.avg_pool1d}[pooling]

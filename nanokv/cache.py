@@ -212,6 +212,7 @@ class Method:
     padded = True  # prompts of different lengths may share a batch
     observes = 0  # how many of a prompt's last queries it wants to look at together, see LayerCache.observed
     needs_probs = False  # it wants the attention probabilities of decode steps, see LayerCache.step_probs
+    needs_sums = ""  # "mean", "max" or "sum": it wants what a prompt's queries pay each entry, see LayerCache.attend
     early = False  # it acts, or takes note of something, before the last pass of a prompt; see KVCache.adopt
     waits = False  # it acts on a layer again after later layers, so packing must wait for the end of the pass
 
@@ -315,6 +316,10 @@ class Storage(Method):
         p = attention.probs(q, k, self.cache.mask(pos))
         return attention.mix(p, v).to(q.dtype), p
 
+    def attend_and_sum(self, q: Tensor, pos: Tensor, how: str) -> tuple[Tensor, Tensor]:
+        """Attend as `attend` does, and return what the queries pay each slot, fp32 (B, Hkv, N)."""
+        return attention.attend_and_sum(q, *self.cache.read(), self.cache.mask(pos), how)
+
     def attend_triton(self, q: Tensor, pos: Tensor, probs: bool) -> tuple[Tensor, Tensor | None]:
         """Do in Triton what `attend` and, with `probs`, `attend_probs` do; return o and the probabilities or None.
 
@@ -410,7 +415,16 @@ class LayerCache:
         return pos
 
     def attend(self, q: Tensor, pos: Tensor) -> Tensor:
-        """Look back from rotated q (B, H, T, D) at pos to every live entry not later than it: (B, H, T, D)."""
+        """Look back from rotated q (B, H, T, D) at pos to every live entry not later than it: (B, H, T, D).
+
+        In a prompt, where a method `needs_sums`, each entry's column `paid` is set to the attention that it gets from
+        these queries, each one's probabilities reduced over its group; it lasts until the end of the pass.
+        """
+        if self.parent.needs_sums and self.phase != "decode":
+            o, paid = self.storage.attend_and_sum(q, pos, self.parent.needs_sums)
+            self.column("paid")
+            self.set_column("paid", paid)
+            return o
         probs = self.parent.needs_probs and self.phase == "decode"
         o, self.step_probs = kernels.attend(self.storage, q, pos, probs)
         return o
@@ -428,6 +442,7 @@ class LayerCache:
     def finish(self) -> None:
         """End this layer's part of a pass: pack, and at the end of a prompt give back what is not needed."""
         self.step_probs, self._at_rest = None, True
+        self.drop_column("paid")
         self._tidy()
         self.storage.pack()
         if self.phase == "last":
@@ -472,8 +487,16 @@ class LayerCache:
     @property
     def rank(self) -> Tensor:
         """Return each live entry's place among the live ones of its row, 0 the oldest; -1 for hidden slots."""
+        if self.equal and not self._hidden:
+            return torch.arange(self.size, device=self.device).view(1, 1, -1)
         live = self.live
         return torch.where(live, live.cumsum(-1) - 1, -1)
+
+    def newest(self, n: int) -> Tensor:
+        """Return which slots hold the n newest live entries of their row, bool (B, Hkv, N); sizes of 1 broadcast."""
+        first = [max(0, c - n) for c in self.counts]
+        alike = min(first) == max(first)
+        return self.rank >= (first[0] if alike else torch.tensor(first, device=self.device).view(self.B, -1, 1))
 
     @property
     def pos(self) -> Tensor:
@@ -506,8 +529,27 @@ class LayerCache:
         token = torch.where(mask, self.token, HIDDEN).expand(shape)
         self.slots["token"] = token.reshape(self.n_rows, -1)
         self.counts = (token != HIDDEN).sum(-1).flatten().tolist()
-        if self.phase != "decode":  # in a decode step slots stay where they are until it ends
+        if self.phase != "decode" and self._hidden > spare(self.n_live):  # a decode step's slots stay until it ends
             self._reclaim()
+
+    def keep_best(self, score: Tensor, n: int | list[int], among: Tensor) -> None:
+        """Forget the lowest-scored of the slots `among` until n entries live in each row; of equals the newest go.
+
+        score, fp32, and among, bool, are (B, Hkv, N), or 1 where rows hold the same; n may differ between sequences.
+        """
+        heads = self.config.n_kv_heads
+        n = [n] * self.B if isinstance(n, int) else n
+        gone = [max(0, c - n[r // heads]) for r, c in enumerate(self.counts)]
+        if set(gone) != {1} or self.phase != "decode" or not self.slots.equal:
+            gone = torch.tensor(gone, device=self.device).view(self.B, heads, 1)[: score.shape[0], : score.shape[1]]
+            return self.keep(top(score, among.sum(-1, keepdim=True) - gone, among) | ~among)
+        self.number_slots()  # in a decode step one goes, without a look at all the others
+        low, high = torch.finfo(score.dtype).min, torch.finfo(score.dtype).max
+        score = score.nan_to_num(low, high, low).masked_fill_(~among, torch.inf)
+        last = self.size - 1 - score.flip(-1).argmin(-1, keepdim=True)  # (B, Hkv, 1)
+        self.same &= last.shape[0] == last.shape[1] == 1
+        self.slots["token"].scatter_(1, last.expand(self.B, heads, 1).reshape(-1, 1), HIDDEN)
+        self.counts = [c - 1 for c in self.counts]
 
     def keep_ends(self, first: int, last: int) -> None:
         """Forget all live entries of every row but the `first` oldest and the `last` newest."""
@@ -549,21 +591,6 @@ class LayerCache:
             return s
         T, N = pos.shape[-1], s.shape[-1]
         return (s.view(self.B, -1, s.shape[1] // T, T, N) + add[:, :, None]).view_as(s)
-
-    def column_sums(self, q: Tensor, pos: Tensor, reduce: str = "mean", block: int = 128) -> Tensor:
-        """Return the attention each slot gets from rotated queries q (B, H, T, D) in all: fp32 (B, Hkv, N).
-
-        Each query's probabilities are reduced over its group ("mean", "max" or "sum"), then added up. Works through the
-        queries in blocks, so that memory is block * N per head and not T * N.
-        """
-        k, total, Hkv = self.read()[0].float(), 0, self.config.n_kv_heads
-        for part, at in zip(q.split(block, 2), pos.split(block, -1), strict=True):
-            p = attention.probs(part, k, self.mask(at, newest=False))  # (B, H, block, N)
-            if reduce == "max":
-                total = total + attention.reduce_group(p, Hkv, reduce).sum(2)
-            else:  # sums may be taken in any order: one pass over group and queries
-                total = total + p.view(self.B, Hkv, -1, self.size).sum(2)
-        return total / (q.shape[1] // Hkv) if reduce == "mean" else total
 
     def read(self) -> tuple[Tensor, Tensor]:
         """Return all slots as k, v (B, Hkv, N, D), keys rotated by their position."""
@@ -702,6 +729,7 @@ class KVCache:
         self.spec = "+".join(map(repr, self.methods))
         self.renumbers = any(m.renumbers for m in self.methods)
         self.needs_probs = any(m.needs_probs for m in self.methods)
+        self.needs_sums = next((m.needs_sums for m in self.methods if m.needs_sums), "")
         self.waits = any(m.waits for m in self.methods)
         self.observes = max(m.observes for m in self.methods)
         self._check()
@@ -710,6 +738,8 @@ class KVCache:
     def _check(self) -> None:
         for method in self.methods:
             method.check(self.config)
+        if len({m.needs_sums for m in self.methods} - {""}) > 1:
+            raise NotImplementedError("two methods want sums of attention, reduced over query groups in different ways")
         merging = [p.name for p in self.methods if p.merges]
         if merging and not self.storage.writable:
             why = f"{merging[0]} merges entries, and {self.storage.name} cannot overwrite one once it is stored"
@@ -903,21 +933,11 @@ def top(score: Tensor, n, among: Tensor) -> Tensor:
     score is fp32 (B, Hkv, N), n an int or integers (B, Hkv, 1), among bool, broadcastable.
     Ties go to the older slot.
     """
-    among, score = among.expand_as(score), score.nan_to_num(-torch.inf, torch.inf, -torch.inf)
-    if score.device.type == "cpu" and (among.sum(-1, keepdim=True) - n).max() <= 1:  # as in decode steps: one goes
-        return _all_but_one(score, n, among)
-    order = torch.argsort(score, dim=-1, descending=True, stable=True)
-    order = order.gather(-1, torch.argsort((~among).gather(-1, order).byte(), dim=-1, stable=True))  # candidates first
+    least = torch.finfo(score.dtype).min
+    among, score = among.expand_as(score), score.nan_to_num(least, torch.inf, least)
+    order = torch.argsort(score.masked_fill(~among, -torch.inf), dim=-1, descending=True, stable=True)
     place = torch.arange(order.shape[-1], device=order.device).expand_as(order)
     return (torch.empty_like(order).scatter_(-1, order, place) < n) & among
-
-
-def _all_but_one(score: Tensor, n, among: Tensor) -> Tensor:
-    """Do what `top` does where no row has more than n + 1 candidates: drop the newest of the lowest."""
-    lowest = score.masked_fill(~among, torch.inf).amin(-1, keepdim=True)
-    place = torch.arange(score.shape[-1], device=score.device)
-    last = torch.where(among & (score <= lowest), place, -1).amax(-1, keepdim=True)
-    return among & ((place != last) | (among.sum(-1, keepdim=True) <= n))
 
 
 def some(mask: Tensor, n: int) -> Tensor:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import nanokv
 from nanokv import KVCache, attention, methods
 from nanokv.attention import Mask, attend, probs, ragged, reference
-from nanokv.cache import HIDDEN, Policy, Rows, Storage, _all_but_one, spare, top
+from nanokv.cache import HIDDEN, Policy, Rows, Storage, spare, top
 from nanokv.methods.full import Full
 
 
@@ -379,23 +379,54 @@ def test_the_observation_window_does_not_depend_on_chunks(chunk):
     assert torch.allclose(p.sum(-1), torch.ones(1, 6, 16)) and not p[0, 0].triu(85).any()
 
 
-@pytest.mark.parametrize("chunk", [100, 33, 7])
-def test_column_sums_in_blocks_equal_the_dense_sum(chunk):
+@pytest.mark.parametrize("how", ["mean", "max", "sum"])
+@pytest.mark.parametrize("chunk, block", [(100, 9), (100, 200), (33, 8), (7, 128)])
+def test_what_a_prompt_pays_each_entry_is_the_dense_sum(chunk, block, how, monkeypatch):
     class Sum(Policy):
-        name = "sum"
+        name, needs_sums = "sum", how
 
         def __call__(self, cache, q, pos):
-            sums = cache.column_sums(cache.rope(q, pos), pos, block=9)
-            cache.set_column("acc", cache.column("acc") + sums)
-            dense.append(cache.probs(cache.rope(q, pos), pos).sum(2))
+            cache.set_column("acc", cache.column("acc") + cache.column("paid"))
+            dense.append(attention.reduce_group(cache.probs(cache.rope(q, pos), pos), 2, how).sum(2))
 
-    m, dense = tiny.model(n_layers=1), []
-    cache = KVCache(m, [Sum()])
-    tiny.feed(m, cache, tiny.ids(100), chunk)
-    want = sum(torch.nn.functional.pad(d, (0, 100 - d.shape[-1])) for d in dense).view(1, 2, 3, -1).mean(2)
+    monkeypatch.setattr(attention, "BLOCK", block)
+    m, dense = tiny.model(n_layers=2), []
+    cache, plain = KVCache(m, [Sum()]), KVCache(m)
+    logits = tiny.feed(m, cache, tiny.ids(100), chunk)
+    assert tiny.rms(logits, tiny.feed(m, plain, tiny.ids(100), chunk)) < 1e-5
+    want = sum(torch.nn.functional.pad(d, (0, 100 - d.shape[-1])) for d in dense[::2])
     got = cache.layers[0].column("acc")
-    assert tiny.rms(got, want) < 1e-5
-    assert torch.allclose(got.sum(-1), torch.full((1, 2), 100.0))  # every softmax row sums to one
+    assert tiny.rms(got, want) < 1e-5 and "paid" not in cache.layers[0].slots.data
+    if how != "max":  # every softmax row sums to one
+        assert torch.allclose(got.sum(-1), torch.full((1, 2), 100.0 if how == "mean" else 300.0))
+
+
+@pytest.mark.parametrize("how", ["mean", "max"])
+def test_sums_are_those_of_the_specification_under_any_mask(how):
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 6, 11, 16), torch.randn(2, 3, 40, 16), torch.randn(2, 3, 40, 16)
+    see = torch.rand(2, 3, 11, 40) < 0.5
+    see[1, :, 3] = False  # a query that sees nothing, as padding does
+    for mask in (Mask(11, 40, see=see, bias=torch.randn(2, 3, 40)), Mask(11, 40, see=see[:1, :1]), Mask(11, 40)):
+        o, paid = attention.attend_and_sum(q, k, v, mask, how)
+        p = probs(q, k, mask)
+        assert tiny.rms(paid, attention.reduce_group(p, 3, how).sum(2)) < 1e-6
+        assert tiny.rms(o, reference(q, k, v, mask)) < 1e-6
+
+
+def test_sums_follow_the_entries_that_an_earlier_policy_leaves():
+    class Sum(Policy):
+        name, needs_sums = "sum", "mean"
+
+        def __call__(self, cache, q, pos):
+            if cache.phase == "last":
+                got.append(cache.column("paid"))
+
+    m, got, kept = tiny.model(n_layers=1), [], [0, 3, 4, 50, 70, 99]
+    gone = [i for i in range(100) if i not in kept]
+    for policies in ([Sum()], [Drop([(100, None, gone)]), Sum()]):
+        tiny.feed(m, KVCache(m, policies), tiny.ids(100), 100)
+    assert got[1].shape[-1] == len(kept) and torch.equal(got[0][..., kept], got[1])
 
 
 def test_policies_before_a_reader_of_probabilities_do_not_move_its_slots():
@@ -548,22 +579,51 @@ def test_a_later_part_of_a_prompt_is_attended_causally_without_a_mask(T, N, B, H
     )
 
 
-def test_dropping_one_of_each_row_is_what_sorting_would_do():
-    torch.manual_seed(0)
-    for n in (5, torch.tensor([4, 5]).view(2, 1, 1)):
-        for _ in range(50):
-            score = torch.randint(0, 4, (2, 3, 9)).float()  # many ties
-            among = torch.rand(2, 3, 9).argsort(-1) < n + 1  # n + 1 candidates, or n, or fewer
-            among &= torch.rand(2, 3, 1) > 0.3
-            assert torch.equal(_all_but_one(score, n, among), _sorted_top(score, n, among))
+@pytest.mark.parametrize("phase, goal", [("last", [9, 12]), ("decode", [29, 29]), ("decode", [29, 28]), ("last", 30)])
+@pytest.mark.parametrize("heads", [1, 2])
+def test_keeping_the_best_is_what_sorting_would_do(phase, goal, heads):
+    """Where one of each row goes another path is taken, which must be the same."""
+    if heads == 1 and goal != 30:
+        goal = goal[0]  # rows of one score stay the same
+    score = torch.randint(0, 4, (2 if heads > 1 else 1, heads, 30)).float()  # many ties
+    score[..., 3], score[..., 8], score[..., 20] = float("nan"), float("inf"), float("-inf")
+    among = torch.rand(1, 1, 30) > 0.2
+    m = tiny.model(n_layers=1)
+    cache = KVCache(m)
+    tiny.feed(m, cache, tiny.ids(30).expand(2, -1))
+    cache.phase, c = phase, cache.layers[0]
+    c.keep_best(score, goal, among)
+    for b in range(2):
+        n = (goal if isinstance(goal, int) else goal[b]) - int((~among).sum())
+        for h in range(2):
+            s = score[b % len(score), h % heads].nan_to_num(-1e30, 1e30, -1e30)
+            places = sorted(among[0, 0].nonzero().flatten().tolist(), key=lambda i: (-s[i], i))
+            want = set(places[: max(0, n)]) | set((~among)[0, 0].nonzero().flatten().tolist())
+            assert set(cache.live_positions(0, h, b).tolist()) == want
+            assert c.counts[b * 2 + h] == len(want)
+    assert c.same == (heads == 1)
 
 
-def _sorted_top(score, n, among):
-    out = torch.zeros_like(among)
-    for b, h in ((b, h) for b in range(2) for h in range(3)):
-        places = sorted(among[b, h].nonzero().flatten().tolist(), key=lambda i: (-score[b, h, i], i))
-        out[b, h, places[: int(torch.as_tensor(n).expand(2, 1, 1)[b])]] = True
-    return out
+@pytest.mark.parametrize("goal", [29, 12])
+def test_only_candidates_go_even_where_all_are_priceless(goal):
+    m = tiny.model(n_layers=1)
+    cache = KVCache(m)
+    tiny.feed(m, cache, tiny.ids(30))
+    cache.phase, among = "decode", torch.arange(30).view(1, 1, -1) >= 10
+    cache.layers[0].keep_best(torch.full((1, 2, 30), torch.inf), goal, among)
+    assert cache.live_positions(0, 1).tolist() == list(range(goal))
+
+
+def test_the_newest_are_counted_among_the_living():
+    m = tiny.model(n_layers=1)
+    cache = KVCache(m, [Drop([(30, 0, [29, 28, 20]), (30, 1, [5])])])
+    tiny.feed(m, cache, tiny.ids(30))
+    c = cache.layers[0]
+    token = c.token.expand(1, 2, -1)
+    for n in (0, 1, 3, 28, 100):
+        for h in range(2):
+            alive = cache.live_positions(0, h).tolist()
+            assert token[0, h][c.newest(n)[0, h]].tolist() == alive[len(alive) - min(n, len(alive)) :]
 
 
 @pytest.mark.parametrize("first", ["random(budget=60)", "knorm(budget=60)", "keydiff(budget=60)", "snapkv(budget=60)"])

@@ -22,7 +22,8 @@ def prefer(rows, gamma=200.0, **parameters):
     p = torch.cat([p, (1 - p.sum(1, keepdim=True)), torch.zeros(W, W - 1)], 1)
     columns = {}
     cache = SimpleNamespace(
-        B=1, config=SimpleNamespace(n_kv_heads=1), notes={}, rank=torch.arange(n + W).view(1, 1, -1),
+        B=1, config=SimpleNamespace(n_kv_heads=1), notes={},
+        live=torch.ones(1, 1, n + W, dtype=torch.bool), newest=lambda w: torch.arange(n + W).view(1, 1, -1) >= n + W - w,
         observed=lambda: (torch.zeros(1, 1, W, 8), torch.arange(n, n + W)[None]), probs=lambda q, pos: p[None, None],
         column=lambda name: None, set_column=columns.__setitem__,
     )  # fmt: skip

@@ -11,7 +11,7 @@ import torch
 from windowed import Drop, best, kept, run
 
 from nanokv import KVCache, generate
-from nanokv.cache import Policy
+from nanokv.cache import Policy, top
 from nanokv.methods.expected_attention import ExpectedAttention, log_attention
 
 
@@ -81,11 +81,13 @@ def agree(mine, theirs, method, heard):
 
 def cut(method, k, v, mean, cov):
     """Return which entries (n, D) of one KV head `method` keeps for queries of these moments."""
-    got = []
-    rank = torch.arange(len(k)).view(1, 1, -1)
-    fake = SimpleNamespace(read=lambda: (k[None, None], v[None, None]), rank=rank, keep=got.append)
+    got, rank = [], torch.arange(len(k)).view(1, 1, -1)
+    fake = SimpleNamespace(read=lambda: (k[None, None], v[None, None]), rank=rank,
+                           newest=lambda n: rank >= len(k) - n, keep_best=lambda *best: got.extend(best))  # fmt: skip
     method._cut(fake, mean.view(1, 1, 1, 1, -1), cov[None, None, None])
-    return set(got[0][0, 0].nonzero().flatten().tolist())
+    score, n, among = got
+    stay = top(score, among.sum(-1, keepdim=True) + n - len(k), among) | ~among
+    return set(stay[0, 0].nonzero().flatten().tolist())
 
 
 @pytest.mark.parametrize("options, order", [

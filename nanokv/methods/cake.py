@@ -27,7 +27,7 @@ Differs: shares are rounded by divisors (Jefferson's rule): b_l = floor(P_l / x)
 
 import torch
 
-from nanokv.cache import Plan, top
+from nanokv.cache import Plan
 
 
 def allot(weights, total, caps, floor):
@@ -108,7 +108,8 @@ class CAKE(Plan):
         prefix, (q, pos) = self._prefix(cache), cache.observed()
         p = cache.probs(q, pos).nan_to_num(0.0)  # (B, H, W, N); a query none of whose keys lives has no vote
         p = p.unflatten(1, (cache.config.n_kv_heads, -1)) * prefix[:, :, None, None]  # (B, Hkv, G, W, N)
-        var, mean = torch.var_mean(p, 3, correction=min(1, q.shape[2] - 1))  # (B, Hkv, G, N)
+        mean = p.mean(3)  # (B, Hkv, G, N)
+        var = (p - mean.unsqueeze(3)).square_().sum(3) / max(1, q.shape[2] - 1)
         entropy = -(p * (p + 1e-10).log()).flatten(1).sum(1)  # (B,)
         entropy, moving = entropy.clamp(min=0).tolist(), var.flatten(1).sum(1).tolist()
         both = zip(entropy, moving, strict=True)
@@ -137,10 +138,9 @@ class CAKE(Plan):
 
     def _prefix(self, cache):
         """Return which slots hold entries older than the window, bool (B, Hkv, N)."""
-        rank = cache.rank.expand(cache.B, cache.config.n_kv_heads, -1)
-        return (rank >= 0) & (rank <= rank.amax(-1, keepdim=True) - self.window)
+        return (cache.live & ~cache.newest(self.window)).expand(cache.B, cache.config.n_kv_heads, -1)
 
     def _keep(self, cache, score, budgets):
         """Keep the window and, of what is older, the best budgets[b] entries of each KV head of sequence b."""
         prefix = self._prefix(cache)
-        cache.keep(top(score, torch.tensor(budgets, device=score.device).view(-1, 1, 1), prefix) | ~prefix)
+        cache.keep_best(score, [n + self.window for n in budgets], prefix)

@@ -25,7 +25,7 @@ import math
 
 import torch
 
-from nanokv.cache import Policy, top
+from nanokv.cache import Policy
 
 
 def log_attention(k, mean, cov=None):
@@ -105,6 +105,4 @@ class ExpectedAttention(Policy):
         score = z.softmax(-1).nan_to_num(0.0).mean(2)  # (B, Hkv, N)
         if self.use_vnorm:
             score = (score + self.epsilon) * v.float().norm(dim=-1)
-        must = sink | ((rank >= 0) & (rank > rank.amax(-1, keepdim=True) - self.window))
-        n = self.budget - must.sum(-1, keepdim=True)
-        cache.keep(top(score, n, (rank >= 0) & ~must) | must)
+        cache.keep_best(score, self.budget, (rank >= self.n_sink) & ~cache.newest(self.window))

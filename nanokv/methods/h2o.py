@@ -11,8 +11,7 @@ Bytes: under `full`, once more than budget tokens were read: held = S * Hkv * (2
 Acts: the prompt is read exactly, so the first generated token sees all of it; the attention of all its queries is added
     up on the way, and all but `budget` entries per KV head go when its last token is in. Then every step attends to at
     most budget + 1 entries, adds its own attention and forgets one: at most `budget` live after a step. With
-    decode_update=False nothing is added or forgotten after the prompt, and each generated token adds one entry. Other
-    policies should be written after h2o, so that it adds up the attention the model really paid.
+    decode_update=False nothing is added or forgotten after the prompt, and each generated token adds one entry.
 Differs: defined for grouped queries: the probabilities of a query group are reduced, by their mean unless told, query
     by query, so that the sum does not depend on how the prompt was cut into parts. The recent share comes out of the
     budget; the paper splits evenly, as the default here does. normalize divides by the number of queries that could
@@ -21,7 +20,7 @@ Differs: defined for grouped queries: the probabilities of a query group are red
 """
 
 from nanokv.attention import reduce_group
-from nanokv.cache import Policy, top
+from nanokv.cache import Policy
 
 
 class H2O(Policy):
@@ -45,14 +44,14 @@ class H2O(Policy):
                 raise ValueError(f"h2o: {name} must be {what}, got {value}")
         self.budget, self.n_recent, self.reduce, self.normalize = budget, n_recent, reduce, normalize
         self.n_sink, self.decode_update = n_sink * normalize, decode_update
-        self.needs_probs = decode_update
+        self.needs_probs, self.needs_sums = decode_update, reduce
 
     def most(self, prompt, new):
         return min(prompt + new, self.budget) if self.decode_update else min(prompt, self.budget) + new
 
     def __call__(self, cache, q, pos):
         if cache.phase != "decode":
-            new = cache.column_sums(cache.rope(q, pos), pos, self.reduce)
+            new = cache.column("paid")
         elif self.decode_update:
             new = reduce_group(cache.step_probs, cache.config.n_kv_heads, self.reduce).sum(2)
         else:
@@ -67,7 +66,7 @@ class H2O(Policy):
         if self.normalize:
             newest = cache.token.masked_fill(~cache.live, -1).amax(-1, keepdim=True)  # (B, Hkv, 1)
             score = score / (newest + 1 - cache.token)  # every query since the entry came could see it
-        rank = cache.rank.expand_as(score)
-        n_live = rank.amax(-1, keepdim=True) + 1  # per row
-        rest = (rank >= self.n_sink) & (rank < n_live - self.n_recent)
-        cache.keep(top(score, self.budget - self.n_recent - self.n_sink, rest) | ~rest)
+        rest = cache.live & ~cache.newest(self.n_recent)
+        if self.n_sink:
+            rest = rest & (cache.rank >= self.n_sink)
+        cache.keep_best(score, self.budget, rest)

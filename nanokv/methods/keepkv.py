@@ -54,15 +54,17 @@ def merge(k, v, z, b, to, form="paper", q=None):
     return k * torch.where(safe, factor, 1.0)[..., None], v, torch.where(safe, votes, votes + gap), mass
 
 
-def pair(k, leave, stay, n_leave, threshold):
-    """Return for each slot (B, Hkv, N) the one it goes to: where `leave` (at most n_leave a row), the one of `stay`
-    whose key k has the highest cosine, if that is above threshold; else itself."""
+def pair(k, leave, stay, n_leave, n_stay, threshold):
+    """Return for each slot (B, Hkv, N) the one it goes to: where `leave` (at most n_leave a row), the one of `stay` (at
+    most n_stay) whose key k has the highest cosine, if that is above threshold; else itself."""
     k = torch.nn.functional.normalize(k, dim=-1)
     to = torch.arange(k.shape[2], device=k.device).expand_as(leave).clone()
-    for part in some(leave, n_leave).split(256, -1):
-        best, i = (take(k, part) @ k.mT).masked_fill_(~stay[:, :, None], -torch.inf).max(-1)  # over (B, Hkv, 256, N)
+    there = some(stay, n_stay)  # (B, Hkv, n_stay)
+    target, away = take(k, there).mT, torch.where(stay.gather(-1, there), 0.0, -torch.inf)[:, :, None]
+    for part in some(leave, n_leave).split(128, -1):
+        best, i = (take(k, part) @ target + away).max(-1)  # over (B, Hkv, 128, n_stay)
         merged = leave.gather(-1, part) & (best > threshold)
-        to.scatter_(-1, part, torch.where(merged, i, part))
+        to.scatter_(-1, part, torch.where(merged, there.gather(-1, i), part))
     return to
 
 
@@ -125,7 +127,7 @@ class KeepKV(Policy):
         b, votes = cache.column("bias"), cache.column("votes", 1.0)
         must = live & ((rank < self.n_sink) | (rank >= n_live - self.n_recent))
         stay = must | top(b + z, self.budget - self.n_sink - self.n_recent, live & ~must)
-        to = pair(k.float(), live & ~stay, stay, n_leave, self.threshold)
+        to = pair(k.float(), live & ~stay, stay, n_leave, self.budget, self.threshold)
         grew = torch.zeros_like(to).scatter_add_(-1, to, torch.ones_like(to)) > 1  # something came
         place = torch.arange(to.shape[-1], device=to.device)
         near = some(grew | (to != place), min(2 * n_leave, len(place)))  # what goes or grows

@@ -20,9 +20,9 @@ Differs: the authors read in blocks of 128; here this is an option, so that meth
     stays.
 """
 
-from torch.nn.functional import normalize
+import torch
 
-from nanokv.cache import Policy, top
+from nanokv.cache import Policy
 
 
 class KeyDiff(Policy):
@@ -55,9 +55,11 @@ class KeyDiff(Policy):
 
     def _cut(self, cache, n_recent):
         """Forget all but the sinks, the n_recent newest entries and the most distinctive of the others."""
-        k, live, rank = cache.read()[0].float(), cache.live, cache.rank
-        u = normalize(k, dim=-1) * live[..., None]  # (B, Hkv, N, D)
-        anchor = normalize(u.sum(2, keepdim=True), dim=-1)  # only the direction of the mean matters
-        cosine = (u * anchor).sum(-1)  # (B, Hkv, N)
-        must = live & ((rank < self.n_sink) | (rank > rank.amax(-1, keepdim=True) - n_recent))
-        cache.keep(top(-cosine, self.budget - must.sum(-1, keepdim=True), live & ~must) | must)
+        k, live = cache.read()[0].float(), cache.live
+        length = k.norm(dim=-1).clamp(min=1e-12)  # (B, Hkv, N)
+        anchor = torch.where(live, 1 / length, 0.0)[:, :, None] @ k  # the sum of unit keys; its direction matters
+        cosine = (k @ anchor.mT)[..., 0] / length  # times the anchor's length, the same for all of a head
+        rest = live & ~cache.newest(n_recent)
+        if self.n_sink:
+            rest = rest & (cache.rank >= self.n_sink)
+        cache.keep_best(-cosine, self.budget, rest)

@@ -16,7 +16,7 @@ Differs: a budget in entries; the authors keep a share. They leave the first two
     norms: the older entry stays.
 """
 
-from nanokv.cache import Policy, top
+from nanokv.cache import Policy
 
 
 class Knorm(Policy):
@@ -35,4 +35,4 @@ class Knorm(Policy):
     def __call__(self, cache, q, pos):
         if cache.phase == "last" and cache.layer >= self.skip_layers and cache.n_live > self.budget:
             norm = cache.read()[0].float().norm(dim=-1)  # (B, Hkv, N)
-            cache.keep(top(-norm, self.budget, cache.live))
+            cache.keep_best(-norm, self.budget, cache.live)

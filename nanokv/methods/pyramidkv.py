@@ -20,10 +20,8 @@ Differs: mode "exact" rounds the budgets so that their sum is n_layers * budget,
     read so far.
 """
 
-import torch
-
 from nanokv.attention import window_scores
-from nanokv.cache import Plan, top
+from nanokv.cache import Plan
 
 
 class PyramidKV(Plan):
@@ -59,8 +57,7 @@ class PyramidKV(Plan):
         budgets = [self.budgets(cache.config.n_layers, total)[cache.layer] for total in totals]
         if cache.n_live > min(budgets):
             score, old = window_scores(cache, self.window, self.kernel, self.pooling, self.reduce)
-            past = torch.tensor(budgets, device=score.device).view(-1, 1, 1) - self.window
-            cache.keep(top(score, past, old) | ~old)
+            cache.keep_best(score, budgets, old)
 
     def budgets(self, n_layers: int, total: int) -> list[int]:
         """Return the entries that each layer keeps of a prompt of `total` tokens, the window included."""

@@ -17,7 +17,7 @@ Differs: selection is per KV head (the authors repeat keys first and select per 
 """
 
 from nanokv.attention import window_scores
-from nanokv.cache import Policy, top
+from nanokv.cache import Policy
 
 
 class SnapKV(Policy):
@@ -46,4 +46,4 @@ class SnapKV(Policy):
     def __call__(self, cache, q, pos):
         if cache.phase == "last" and cache.n_live > self.budget:
             score, old = window_scores(cache, self.window, self.kernel, self.pooling, self.reduce)
-            cache.keep(top(score, self.budget - self.window, old) | ~old)
+            cache.keep_best(score, self.budget, old)

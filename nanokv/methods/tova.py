@@ -19,7 +19,7 @@ Differs: the newest entry always stays; with protect_last=False it competes, as 
 """
 
 from nanokv.attention import reduce_group
-from nanokv.cache import Policy, top
+from nanokv.cache import Policy
 
 
 class TOVA(Policy):
@@ -44,9 +44,8 @@ class TOVA(Policy):
         acts = cache.phase == "last" or (cache.phase == "decode" and self.decode_update)
         if acts and cache.n_live > self.budget:
             p = cache.probs(*cache.observed()) if cache.phase == "last" else cache.step_probs  # (B, H, T, N)
-            score, rank = self._score(cache, p[:, :, -1]), cache.rank
-            newest = (rank >= 0) & (rank == rank.amax(-1, keepdim=True)) & self.protect_last
-            cache.keep(top(score, self.budget - self.protect_last, (rank >= 0) & ~newest) | newest)
+            rest = cache.live & ~cache.newest(self.protect_last)
+            cache.keep_best(self._score(cache, p[:, :, -1]), self.budget, rest)
 
     def _score(self, cache, p):
         """Average attention p (B, H, N) over heads: (B, Hkv, N), or (B, 1, N) where all rows hold the same tokens."""
