@@ -1,1 +1,1 @@
-"""Measuring what the methods do: speed so far."""
+"""Measuring what the methods do: quality, bytes and speed. `python -m nanokv.eval --help`"""

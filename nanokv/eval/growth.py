@@ -40,7 +40,7 @@ def main(argv=None) -> int:
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--dtype", default="fp32")
     parser.add_argument("--context", type=int, default=512, help="tokens of the prompt")
-    parser.add_argument("--tokens", type=int, default=384, help="tokens generated after it")
+    parser.add_argument("--tokens", type=int, default=320, help="tokens generated after it")
     parser.add_argument("--out", metavar="STEM", default="eval-bytes", help="STEM.json, STEM.png, STEM.svg")
     args = parser.parse_args(argv)
     specs, stem = args.methods or SPECS, Path(args.out)
