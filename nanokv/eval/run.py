@@ -125,10 +125,8 @@ def work(unit: Unit, todo: list[Setting], model=None, tokenizer=None, corpus=Non
         _worker.update(model=model, tokenizer=tokenizer, corpus=corpus, unit=None)
     if _worker.get("unit") != unit:  # the prompts that were read stay for the next settings
         _worker["scores"] = None  # give memory back before more is taken
-        _worker["scores"], _worker["unit"] = (
-            _begin(unit, **{k: _worker[k] for k in ("model", "tokenizer", "corpus")}),
-            unit,
-        )
+        _worker["scores"] = _begin(unit, _worker["model"], _worker["tokenizer"], _worker["corpus"])
+        _worker["unit"] = unit
     out = []
     for indices, depths, length, ask in _worker["scores"]:
         for setting in todo:
