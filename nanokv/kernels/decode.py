@@ -44,8 +44,8 @@ def decode_naive(q: Tensor, k: Tensor, v: Tensor, start: Tensor, length: Tensor,
     o = torch.zeros(R, M, v.shape[1], dtype=work, device=q.device)
     p = torch.zeros(R, M, most, dtype=work, device=q.device)
     z = torch.full((R, M), -torch.inf, dtype=work, device=q.device)
-    columns = start if col_start is None else col_start
-    for r, (a, c, n) in enumerate(zip(start.tolist(), columns.tolist(), length.tolist(), strict=True)):
+    places = start if col_start is None else col_start
+    for r, (a, c, n) in enumerate(zip(start.tolist(), places.tolist(), length.tolist(), strict=True)):
         s = q[r].to(work) @ k[a : a + n].to(work).mT * scale  # (M, n)
         if bias is not None:
             s = s + bias[c : c + n].to(work)
@@ -90,6 +90,29 @@ def fold(s, v, m, l, acc, HIDES: tl.constexpr):
 
 
 @triton.jit
+def columns(p_columns, p_pos, p_bias, p_s, p_q_pos, i_row, first, most, o_m,
+            M: tl.constexpr, HAS_POS: tl.constexpr, HAS_BIAS: tl.constexpr, PROBS: tl.constexpr):  # fmt: skip
+    """Return where positions, biases and scores of entry `first` of a row lie, and its queries' positions (BM,)."""
+    q_pos = o_m
+    if HAS_POS:
+        # (BM,)
+        q_pos = tl.load(p_q_pos + i_row * M + o_m, mask=o_m < M, other=-1)
+    if HAS_POS or HAS_BIAS:
+        column = tl.load(p_columns + i_row) + first
+        p_pos += column
+        p_bias += column
+    if PROBS:
+        p_s += i_row * M * most + first
+    return p_pos, p_bias, p_s, q_pos
+
+
+@triton.jit
+def keep(p_s, s, t, m_t, o_m, most, M: tl.constexpr):
+    """Write scores s (BT, BM) of entries t, of which `finish` makes probabilities."""
+    tl.store(p_s + o_m[None, :].to(tl.int64) * most + t[:, None], s, mask=m_t[:, None] & (o_m < M)[None, :])
+
+
+@triton.jit
 def leave(m, l, acc, p_acc, p_lse, o_out, o_m, M: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr):
     """Write what a split found: acc / l, and the base-2 logarithm of its denominator, -inf if nothing was seen."""
     o_v = tl.arange(0, BDV)
@@ -119,16 +142,8 @@ def decode_split(p_q, p_k, p_v, p_start, p_length, p_pos, p_q_pos, p_bias, p_col
     q = tl.load(p_q + (i_row * M + o_m)[None, :] * D + o_d[:, None], mask=(o_m < M)[None, :] & (o_d < D)[:, None],
                 other=0.0)  # fmt: skip
     q = q.to(tl.float32 if UPCAST else p_k.dtype.element_ty)
-    q_pos = o_m
-    if HAS_POS:
-        # (BM,)
-        q_pos = tl.load(p_q_pos + i_row * M + o_m, mask=o_m < M, other=-1)
-    if HAS_POS or HAS_BIAS:
-        column = tl.load(p_columns + i_row) + first
-        p_pos += column
-        p_bias += column
-    if PROBS:
-        p_s += i_row * M * most + first
+    p_pos, p_bias, p_s, q_pos = columns(p_columns, p_pos, p_bias, p_s, p_q_pos, i_row, first, most, o_m, M, HAS_POS,
+                                        HAS_BIAS, PROBS)  # fmt: skip
     m = tl.full((BM,), float("-inf"), tl.float32)
     l = tl.zeros((BM,), tl.float32)
     acc = tl.zeros((BDV, BM), tl.float32)
@@ -146,8 +161,7 @@ def decode_split(p_q, p_k, p_v, p_start, p_length, p_pos, p_q_pos, p_bias, p_col
             pos = tl.load(p_pos + i + o_t, mask=m_t, other=HIDDEN)
         s = weigh(s, pos, q_pos, window, p_bias + i, m_t, HAS_POS, HAS_WINDOW, HAS_BIAS, BT)
         if PROBS:
-            o_s = o_m[None, :].to(tl.int64) * most + (i + o_t)[:, None]
-            tl.store(p_s + o_s, s, mask=m_t[:, None] & (o_m < M)[None, :])
+            keep(p_s, s, i + o_t, m_t, o_m, most, M)
         # (BT, BDV)
         v = tl.load(p_v + o_t[:, None] * ROW_V + o_v[None, :], mask=m_t[:, None] & (o_v < DV)[None, :], other=0.0)
         if UPCAST:
@@ -212,16 +226,26 @@ def decode_triton(q: Tensor, k: Tensor, v: Tensor, start: Tensor, length: Tensor
     logarithm of the softmax's denominator, fp32 (R, M), -inf where nothing is seen, see `merge`. With `probs` comes
     last p, fp32 (R, M, most), zeros beyond a row's length. NotImplementedError where the kernel is not made for it.
     """
-    return run(decode_split, blocks(k.dtype, q.shape[1], k.shape[1], v.shape[1]), q, k, v, start, length,
-               scale=scale, most=most, pos=pos, q_pos=q_pos, bias=bias, col_start=col_start, window=window,
-               probs=probs, lse=lse, splits=splits)  # fmt: skip
+    check(q, k, v)
+    own = blocks(k.dtype, q.shape[1], k.shape[1], v.shape[1]) | payload(k, v, start)
+    return run(decode_split, own, q, v.shape[1], length, scale=scale, most=most, pos=pos, q_pos=q_pos, bias=bias,
+               columns=start if col_start is None else col_start, window=window, probs=probs, lse=lse,
+               splits=splits)  # fmt: skip
 
 
-def run(kernel, own: dict, q, k, v, start, length, *, scale, most, pos, q_pos, bias, col_start, window, probs, lse,
-        splits):  # fmt: skip
-    """Launch a split kernel, `combine` and `finish`. `own` holds `blocks` and what only this kernel takes."""
-    check(q, k, v, pos, q_pos, window)
-    (R, M, _), DV, dev = q.shape, v.shape[1], q.device
+def payload(k: Tensor, v: Tensor, start: Tensor) -> dict:
+    """Return the arguments of a split kernel that say where keys and values lie."""
+    upcast = INTERPRETED and k.dtype == torch.bfloat16
+    return {"p_k": k, "p_v": v, "p_start": start, "ROW_K": k.stride(0), "ROW_V": v.stride(0), "UPCAST": upcast}
+
+
+def run(kernel, own: dict, q, DV, length, *, scale, most, pos, q_pos, bias, columns, window, probs, lse, splits):
+    """Launch a split kernel, `combine` and `finish`. `own` holds sizes and what only this kernel takes."""
+    if (pos is None) != (q_pos is None) or (pos is None and window is not None):
+        raise ValueError("pos and q_pos come together, and a window needs both")
+    if columns is None and (pos is not None or bias is not None):
+        raise ValueError("pos and bias need col_start")
+    (R, M, _), dev = q.shape, q.device
     splits, split_len = cut(most, R, own["BT"], splits)
     out = torch.empty(R, M, DV, dtype=torch.float32 if lse else q.dtype, device=dev)
     total = torch.empty(R, M, dtype=torch.float32, device=dev)
@@ -230,23 +254,30 @@ def run(kernel, own: dict, q, k, v, start, length, *, scale, most, pos, q_pos, b
     if splits > 1:
         acc = torch.empty(R, splits, M, DV, dtype=torch.float32, device=dev)
         part = torch.empty(R, splits, M, dtype=torch.float32, device=dev)
-    columns = start if col_start is None else col_start
     kernel[(R, splits)](
-        p_q=q.contiguous(), p_k=k, p_v=v, p_start=start, p_length=length, p_columns=columns,
+        p_q=q.contiguous(), p_length=length, p_columns=length if columns is None else columns,
         p_pos=length if pos is None else pos, p_q_pos=length if pos is None else q_pos.contiguous(),
         p_bias=total if bias is None else bias, p_acc=acc, p_lse=part, p_s=total if p is None else p,
         scale=scale * LOG2E.value, window=window or 0, split_len=split_len, n_splits=splits, most=most,
-        ROW_K=k.stride(0), ROW_V=v.stride(0), HAS_POS=pos is not None, HAS_WINDOW=window is not None,
-        HAS_BIAS=bias is not None, PROBS=probs, UPCAST=INTERPRETED and k.dtype == torch.bfloat16,
+        HAS_POS=pos is not None, HAS_WINDOW=window is not None, HAS_BIAS=bias is not None, PROBS=probs,
         **own)  # fmt: skip
     if splits > 1:
-        combine[(R * M,)](acc, part, out, total, splits, M, DV, own["BDV"], triton.next_power_of_2(splits))
+        combine[(R * M,)](
+            acc, part, out, total, splits, M, DV, triton.next_power_of_2(DV), triton.next_power_of_2(splits)
+        )
     if probs and most:
         finish[(R, triton.cdiv(most, 128))](p, total, length, most, M, own["BM"], 128)
     return results(out, total * math.log(2) if lse else None, p)
 
 
-def check(q, k, v, pos, q_pos, window) -> None:
+def apart(attend, rows: int, q: Tensor, q_pos: Tensor | None):
+    """Return what attend(q, q_pos) does, called for `rows` queries of every row at a time; entries are read again."""
+    places = q_pos.split(rows, 1) if q_pos is not None else (None,) * -(-q.shape[1] // rows)
+    parts = [attend(x, at) for x, at in zip(q.split(rows, 1), places, strict=True)]
+    return tuple(torch.cat(x, 1) for x in zip(*parts, strict=True)) if type(parts[0]) is tuple else torch.cat(parts, 1)
+
+
+def check(q, k, v) -> None:
     """Raise if these are not the arguments a kernel was made for."""
     if q.shape[1] > LIMIT:
         raise NotImplementedError(f"decode kernels take up to {LIMIT} query rows per KV head, not {q.shape[1]}")
@@ -256,8 +287,6 @@ def check(q, k, v, pos, q_pos, window) -> None:
         raise NotImplementedError(f"decode kernels take fp16, bf16 or fp32, not {q.dtype}, {k.dtype}, {v.dtype}")
     if k.stride(1) != 1 or v.stride(1) != 1:
         raise NotImplementedError("decode kernels take keys and values whose channels lie side by side")
-    if (pos is None) != (q_pos is None) or (pos is None and window is not None):
-        raise ValueError("pos and q_pos come together, and a window needs both")
 
 
 def cut(most: int, n_rows: int, tile: int, splits: int | None = None) -> tuple[int, int]:
@@ -283,6 +312,8 @@ def blocks(dtype, M: int, D: int, DV: int, tile: int = 2**14, amd: bool = torch.
     width = max(BD, BDV) * dtype.itemsize  # bytes of an entry's key or value
     most = 128 if dtype.itemsize < 4 else 64
     BT = max(16 if width > 512 else 32, min(most, tile // width) * 8 // max(8, triton.next_power_of_2(M)))
+    if amd and BM * BDV > 4096:
+        BT = min(BT, 16)
     warps = 2 if BM * BDV <= 2048 else 4 if BM * BDV <= 4096 or amd else 8
     return {"M": M, "D": D, "DV": DV, "BM": BM, "BD": BD, "BDV": BDV, "BT": BT,
             "num_warps": warps, "num_stages": 1 if amd else 2}  # fmt: skip

@@ -17,7 +17,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanokv.kernels.decode import HIDDEN, LIMIT, aot_case, blocks, decode_naive, fold, leave, run, weigh
+from nanokv.kernels.decode import (
+    HIDDEN,
+    LIMIT,
+    aot_case,
+    apart,
+    blocks,
+    check,
+    columns,
+    decode_naive,
+    fold,
+    keep,
+    leave,
+    payload,
+    run,
+    weigh,
+)  # fmt: skip
 
 TILE = 2**13  # bytes of keys in a tile: half of decode's, because cosines and sines take registers too
 MOST = 16  # query rows at a time, for the same reason; if there are more, keys are read again
@@ -28,8 +43,8 @@ def decode_rope_naive(q: Tensor, k: Tensor, v: Tensor, start: Tensor, length: Te
     """Do what `decode_rope_triton` does by rotating all keys first, in fp32, or in fp64 if q is."""
     rotated = k.to(torch.promote_types(q.dtype, torch.float32))  # (S, D)
     rotated = rotated.clone() if rotated is k else rotated
-    columns = start if col_start is None else col_start
-    for a, c, n in zip(start.tolist(), columns.tolist(), length.tolist(), strict=True):
+    places = start if col_start is None else col_start
+    for a, c, n in zip(start.tolist(), places.tolist(), length.tolist(), strict=True):
         at = pos[c : c + n].long()
         at = torch.where(at == HIDDEN.value, 0, at)  # (n,)
         x, y = rotated[a : a + n].chunk(2, -1)  # (n, D/2)
@@ -52,21 +67,16 @@ def decode_rope_split(p_q, p_k, p_v, p_start, p_length, p_pos, p_q_pos, p_bias, 
     first = i_split * split_len
     n = tl.minimum(tl.load(p_length + i_row) - first, split_len)  # entries of this split, none if not above 0
     slot = tl.load(p_start + i_row) + first
-    column = tl.load(p_columns + i_row) + first
     o_m, o_h, o_v, o_t = tl.arange(0, BM), tl.arange(0, BH), tl.arange(0, BDV), tl.arange(0, BT)
     p_k += slot * ROW_K
     p_v += slot * ROW_V
-    p_pos += column
-    p_bias += column
-    if PROBS:
-        p_s += i_row * M * most + first
+    p_pos, p_bias, p_s, q_pos = columns(p_columns, p_pos, p_bias, p_s, p_q_pos, i_row, first, most, o_m, M, HAS_POS,
+                                        HAS_BIAS, PROBS)  # fmt: skip
     p_q += (i_row * M + o_m)[None, :] * D + o_h[:, None]
     m_q = (o_m < M)[None, :] & (o_h < H)[:, None]
     # (BH, BM) each
     q_a = tl.load(p_q, mask=m_q, other=0.0).to(TYPE)
     q_b = tl.load(p_q + H, mask=m_q, other=0.0).to(TYPE)
-    # (BM,)
-    q_pos = tl.load(p_q_pos + i_row * M + o_m, mask=o_m < M, other=-1)
     m = tl.full((BM,), float("-inf"), tl.float32)
     l = tl.zeros((BM,), tl.float32)
     acc = tl.zeros((BDV, BM), tl.float32)
@@ -86,8 +96,7 @@ def decode_rope_split(p_q, p_k, p_v, p_start, p_length, p_pos, p_q_pos, p_bias, 
         s = (s + tl.dot((b * cos + a * sin).to(TYPE), q_b, input_precision="ieee")) * scale
         s = weigh(s, pos, q_pos, window, p_bias + i, m_t, HAS_POS, HAS_WINDOW, HAS_BIAS, BT)
         if PROBS:
-            o_s = o_m[None, :].to(tl.int64) * most + (i + o_t)[:, None]
-            tl.store(p_s + o_s, s, mask=m_t[:, None] & (o_m < M)[None, :])
+            keep(p_s, s, i + o_t, m_t, o_m, most, M)
         # (BT, BDV)
         v = tl.load(p_v + o_t[:, None] * ROW_V + o_v[None, :], mask=m_t[:, None] & (o_v < DV)[None, :], other=0.0)
         if UPCAST:
@@ -109,15 +118,17 @@ def decode_rope_triton(q: Tensor, k: Tensor, v: Tensor, start: Tensor, length: T
     if k.shape[1] % 2:
         raise NotImplementedError(f"decode_rope takes an even head_dim, not {k.shape[1]}")
     if MOST < q.shape[1] <= LIMIT:
-        parts = zip(q.split(MOST, 1), q_pos.split(MOST, 1), strict=True)
-        parts = [decode_rope_triton(x, k, v, start, length, scale=scale, most=most, cos=cos, sin=sin, pos=pos, q_pos=at,
-                                    bias=bias, col_start=col_start, window=window, probs=probs, lse=lse, splits=splits)
-                 for x, at in parts]  # fmt: skip
-        return tuple(torch.cat(same, 1) for same in zip(*parts, strict=True)) if probs or lse else torch.cat(parts, 1)
-    own = sizes(k.dtype, q.shape[1], k.shape[1], v.shape[1])
+        return apart(
+            lambda q, q_pos: decode_rope_triton(
+                q, k, v, start, length, scale=scale, most=most, cos=cos, sin=sin, pos=pos, q_pos=q_pos, bias=bias,
+                col_start=col_start, window=window, probs=probs, lse=lse, splits=splits),
+            MOST, q, q_pos)  # fmt: skip
+    check(q, k, v)
+    own = sizes(k.dtype, q.shape[1], k.shape[1], v.shape[1]) | payload(k, v, start)
     own |= {"p_cos": cos.contiguous(), "p_sin": sin.contiguous(), "n_pos": len(cos)}
-    return run(decode_rope_split, own, q, k, v, start, length, scale=scale, most=most, pos=pos, q_pos=q_pos,
-               bias=bias, col_start=col_start, window=window, probs=probs, lse=lse, splits=splits)  # fmt: skip
+    return run(decode_rope_split, own, q, v.shape[1], length, scale=scale, most=most, pos=pos, q_pos=q_pos, bias=bias,
+               columns=start if col_start is None else col_start, window=window, probs=probs, lse=lse,
+               splits=splits)  # fmt: skip
 
 
 def sizes(dtype, M: int, D: int, DV: int, **amd) -> dict:

@@ -60,7 +60,7 @@ def measure(kernel: str, name: str, target: str) -> dict:
         "widest": max(out["loads"], default=0),
         "warps": options["num_warps"],
     }
-    tile = constants.get("BT") or constants.get("BG", 0) * constants.get("GROUP", 0)  # entries of an iteration
+    tile = constants.get("BT")  # entries of an iteration
     if tile and out["loop"]:
         out["per_token"] = out["loop"] * options["num_warps"] / tile
     del out["names"]
