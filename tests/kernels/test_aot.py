@@ -41,6 +41,15 @@ def test_nothing_spills_and_nothing_outgrows_a_processor(records):
         assert r["shared"] <= SHARED[r["target"]] * 1024, where
 
 
+@pytest.mark.parametrize("many", ["M=64", "M=16"])
+def test_many_query_rows_do_not_spill_either(many):
+    """On the target where registers are scarcest; these are not in the default report."""
+    done = run("-m", "nanokv.kernels.report", "--json", "-", "--targets", "gfx942", "--only", many)
+    assert done.returncode == 0, done.stderr[-2000:]
+    records = json.loads(done.stdout)
+    assert len(records) >= 2 and {r["case"]: r["spills"] for r in records if r["spills"]} == {}
+
+
 @pytest.mark.parametrize("D", [64, 128])
 @pytest.mark.parametrize("kernel", ["decode fp16", "kivi fp16 2-bit", "kivi fp16 4-bit"])
 def test_the_payload_is_loaded_16_bytes_at_a_time(records, kernel, D):
