@@ -147,8 +147,8 @@ def ragged(q: Tensor, rows: list, mask: Mask) -> Tensor:
 def attend_and_sum(q: Tensor, k: Tensor, v: Tensor, mask: Mask, how: str = "sum") -> tuple[Tensor, Tensor]:
     """Compute `reference` in q's dtype, and what each entry is paid by all queries together: fp32 (B, Hkv, N).
 
-    Each query's probabilities are reduced over its group by `how` ("mean", "max" or "sum"), then added up. BLOCK queries
-    of one head at a time on a CPU, whose probabilities its cache can hold.
+    Each query's probabilities are reduced over its group by `how` ("mean", "max" or "sum"), then added up. On
+    a CPU BLOCK queries of one head at a time, whose probabilities its cache can hold.
     """
     (B, H, T, D), (_, Hkv, N, _) = q.shape, k.shape
     R, G = B * Hkv, H // Hkv

@@ -537,19 +537,24 @@ class LayerCache:
 
         score, fp32, and among, bool, are (B, Hkv, N), or 1 where rows hold the same; n may differ between sequences.
         """
-        heads = self.config.n_kv_heads
-        n = [n] * self.B if isinstance(n, int) else n
-        gone = [max(0, c - n[r // heads]) for r, c in enumerate(self.counts)]
+        gone = self._excess(n)
         if set(gone) != {1} or self.phase != "decode" or not self.slots.equal:
-            gone = torch.tensor(gone, device=self.device).view(self.B, heads, 1)[: score.shape[0], : score.shape[1]]
-            return self.keep(top(score, among.sum(-1, keepdim=True) - gone, among) | ~among)
+            return self.keep(~among | top(score, among.sum(-1, keepdim=True) - self._per_row(gone, score), among))
         self.number_slots()  # in a decode step one goes, without a look at all the others
-        low, high = torch.finfo(score.dtype).min, torch.finfo(score.dtype).max
-        score = score.nan_to_num(low, high, low).masked_fill_(~among, torch.inf)
-        last = self.size - 1 - score.flip(-1).argmin(-1, keepdim=True)  # (B, Hkv, 1)
+        last = lowest(score, among)
         self.same &= last.shape[0] == last.shape[1] == 1
-        self.slots["token"].scatter_(1, last.expand(self.B, heads, 1).reshape(-1, 1), HIDDEN)
+        self.slots["token"].scatter_(1, last.expand(self.B, self.config.n_kv_heads, 1).reshape(-1, 1), HIDDEN)
         self.counts = [c - 1 for c in self.counts]
+
+    def leaving(self, score: Tensor, n: int | list[int], among: Tensor) -> tuple[Tensor, Tensor]:
+        """Return which slots `keep_best` would forget, int64 (B, Hkv, m), and which of the m are such, bool."""
+        gone = self._excess(n)
+        if set(gone) == {1}:
+            last = lowest(score, among)
+            return last, last >= 0
+        forget = among & ~top(score, among.sum(-1, keepdim=True) - self._per_row(gone, score), among)
+        index = some(forget, max(gone))
+        return index, forget.gather(-1, index)
 
     def keep_ends(self, first: int, last: int) -> None:
         """Forget all live entries of every row but the `first` oldest and the `last` newest."""
@@ -628,6 +633,15 @@ class LayerCache:
         return attention.Mask(see=see, bias=bias, T=T, N=N)
 
     # Bookkeeping
+
+    def _excess(self, n: int | list[int]) -> list[int]:
+        """Return how many live entries each row has beyond n, which may differ between sequences."""
+        n = [n] * self.B if isinstance(n, int) else n
+        return [max(0, c - n[r // self.config.n_kv_heads]) for r, c in enumerate(self.counts)]
+
+    def _per_row(self, numbers: list[int], like: Tensor) -> Tensor:
+        """Return numbers, one per row, as (B, Hkv, 1), or 1 where `like` (B, Hkv, N) has it."""
+        return torch.tensor(numbers, device=self.device).view(self.B, -1, 1)[: like.shape[0], : like.shape[1]]
 
     def _column(self, name: str, pad: float) -> Tensor:
         value = self.slots[name]
@@ -938,6 +952,13 @@ def top(score: Tensor, n, among: Tensor) -> Tensor:
     order = torch.argsort(score.masked_fill(~among, -torch.inf), dim=-1, descending=True, stable=True)
     place = torch.arange(order.shape[-1], device=order.device).expand_as(order)
     return (torch.empty_like(order).scatter_(-1, order, place) < n) & among
+
+
+def lowest(score: Tensor, among: Tensor) -> Tensor:
+    """Return the one slot per row that `top` would leave out first, int64 (B, Hkv, 1): the newest of the lowest."""
+    low, high = torch.finfo(score.dtype).min, torch.finfo(score.dtype).max
+    score = score.nan_to_num(low, high, low).masked_fill_(~among, torch.inf)
+    return score.shape[-1] - 1 - score.flip(-1).argmin(-1, keepdim=True)
 
 
 def some(mask: Tensor, n: int) -> Tensor:

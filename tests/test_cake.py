@@ -20,10 +20,10 @@ def prefer(rows, gamma=200.0, **parameters):
     p = torch.tensor(rows)  # (W, prefix)
     W, n = p.shape
     p = torch.cat([p, (1 - p.sum(1, keepdim=True)), torch.zeros(W, W - 1)], 1)
-    columns = {}
+    columns, place = {}, torch.arange(n + W).view(1, 1, -1)
     cache = SimpleNamespace(
         B=1, config=SimpleNamespace(n_kv_heads=1), notes={},
-        live=torch.ones(1, 1, n + W, dtype=torch.bool), newest=lambda w: torch.arange(n + W).view(1, 1, -1) >= n + W - w,
+        live=place >= 0, newest=lambda w: place >= n + W - w,
         observed=lambda: (torch.zeros(1, 1, W, 8), torch.arange(n, n + W)[None]), probs=lambda q, pos: p[None, None],
         column=lambda name: None, set_column=columns.__setitem__,
     )  # fmt: skip

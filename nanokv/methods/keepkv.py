@@ -7,9 +7,9 @@ Idea: An average of two entries gets the attention of one. So let each entry cou
     of the softmax stay as they were. To be right for coming queries too, use a moving average of exp(q.k / sqrt(D))
     over the last queries, and merge only keys that point the same way.
 Stores: at most budget entries per KV head as the model made them, keys rotated, and of each: its token number, int32,
-    its votes, fp32, the logarithm of its moving average, fp32, how many queries that has seen, int16, and the logarithm
-    of its weight in attention (`bias`, fp32).
-Bytes: under `full`, once more than budget tokens were read: held = S * Hkv * (2 * D * itemsize + 18) per layer with
+    the logarithm of its moving average, fp32, how many queries that has seen, int16, and the logarithm of its weight in
+    attention, its votes or what stands for them (`bias`, fp32).
+Bytes: under `full`, once more than budget tokens were read: held = S * Hkv * (2 * D * itemsize + 14) per layer with
     S = budget + max(16, budget // 16) slots, whatever the length of the text.
 Acts: the prompt is read exactly and merged down to `budget` entries per KV head when its last token is in, so the first
     generated token sees all of it. Then every step attends to at most budget + 1 entries, updates the moving averages,
@@ -18,16 +18,14 @@ Differs: entries stay by their mass (weight times moving average), the same in p
     ranks by recency-weighted attention without the votes. With grouped queries the mean query of a group decides: the
     merge is exact for that one. Each entry counts its own queries for the bias correction 1 - alpha^n. The paper's
     factor is singular where the mean logit is near 0; outside [0.5, 2] its merge is replaced by key_form="bias", which
-    averages keys and lowers the weight instead, as exact and always stable; votes count tokens, `bias` weighs. A merged
+    averages keys and lowers the weight instead, as exact and always stable. A merged
     entry's moving average is what makes its mass the sum of the merged ones. key_form="shift" moves the key along the
     query, "mean" is the authors' code (not exact). Layer budgets are uniform.
 """
 
-import math
-
 import torch
 
-from nanokv.cache import Policy, some, take, top
+from nanokv.cache import Policy, some, take
 
 
 def merge(k, v, z, b, to, form="paper", q=None):
@@ -35,8 +33,9 @@ def merge(k, v, z, b, to, form="paper", q=None):
     its own. Return k, v, b and the log mass, of exp(b + z), per slot, in z's dtype. q (..., 1, D): what z is of."""
 
     def add(x):
-        at = to if x.dim() == to.dim() else to[..., None].expand_as(x)
-        return torch.zeros_like(x).scatter_add_(to.dim() - 1, at, x)
+        return torch.zeros_like(x).scatter_add_(
+            to.dim() - 1, to[(...,) + (None,) * (x.dim() - to.dim())].expand_as(x), x
+        )
 
     most = torch.zeros_like(z).scatter_reduce_(-1, to, b + z, "amax", include_self=False)  # exp cannot overflow
     u = (b + z - most.gather(-1, to)).exp()
@@ -48,30 +47,29 @@ def merge(k, v, z, b, to, form="paper", q=None):
     if form in ("mean", "bias"):
         return k, v, votes + gap * (form == "bias"), mass
     if form == "shift":  # the smallest change of k with q.k / sqrt(D) = ln(W / P)
-        return k + math.sqrt(k.shape[-1]) * (gap / q.square().sum(-1))[..., None] * q, v, votes, mass
+        return k + k.shape[-1] ** 0.5 * (gap / q.square().sum(-1))[..., None] * q, v, votes, mass
     factor = (mass - votes) / z  # eq. 7
     safe = (z.abs() > 1e-3) & (factor >= 0.5) & (factor <= 2)
     return k * torch.where(safe, factor, 1.0)[..., None], v, torch.where(safe, votes, votes + gap), mass
 
 
-def pair(k, leave, stay, n_leave, n_stay, threshold):
-    """Return for each slot (B, Hkv, N) the one it goes to: where `leave` (at most n_leave a row), the one of `stay` (at
-    most n_stay) whose key k has the highest cosine, if that is above threshold; else itself."""
-    k = torch.nn.functional.normalize(k, dim=-1)
-    to = torch.arange(k.shape[2], device=k.device).expand_as(leave).clone()
-    there = some(stay, n_stay)  # (B, Hkv, n_stay)
-    target, away = take(k, there).mT, torch.where(stay.gather(-1, there), 0.0, -torch.inf)[:, :, None]
-    for part in some(leave, n_leave).split(128, -1):
-        best, i = (take(k, part) @ target + away).max(-1)  # over (B, Hkv, 128, n_stay)
-        merged = leave.gather(-1, part) & (best > threshold)
-        to.scatter_(-1, part, torch.where(merged, there.gather(-1, i), part))
-    return to
+def nearest(k, left, leaves, stay, n_stay, threshold):
+    """Return for each slot of left (B, Hkv, n) the one of `stay` (at most n_stay a row) whose key k has the highest
+    cosine, if that is above threshold and `leaves` (B, Hkv, n) says that it leaves; else the slot itself."""
+    norm = k.norm(dim=-1).clamp(min=1e-12)
+    at = some(stay, n_stay) if 2 * n_stay < k.shape[2] else None  # to compare with few, copy them
+    keys, scale = (k, norm) if at is None else (take(k, at), norm.gather(-1, at))
+    scale = torch.where(stay if at is None else stay.gather(-1, at), 1 / scale, torch.nan)  # nan: not one of them
+    out = []
+    for part in left.split(128, -1):  # cosines over (B, Hkv, 128, N), times the norm of what leaves
+        best, i = (take(k, part) @ keys.mT).mul_(scale[:, :, None]).nan_to_num_(-torch.inf).max(-1)
+        out.append(torch.where(best > threshold * norm.gather(-1, part), i if at is None else at.gather(-1, i), part))
+    return torch.where(leaves, torch.cat(out, -1), left)
 
 
 class KeepKV(Policy):
-    """Votes and merging. budget: entries per KV head; n_sink: first entries, and recent: share of the budget for the
-    newest, which stay; threshold: cosine above which keys merge; alpha: of the moving average, 0 for the last query
-    alone; window: queries of a prompt it begins with; key_form: paper, bias, shift or mean."""
+    """Votes and merging. budget: entries per KV head; n_sink, recent: first entries and share of newest, which stay;
+    threshold: least cosine of a merge; alpha: of averages; window: queries of a prompt in it; key_form: see above."""
 
     merges = True
 
@@ -105,7 +103,7 @@ class KeepKV(Policy):
         q, pos = cache.observed() if cache.phase == "last" else (cache.rope(q, pos), pos)
         q = q.float().unflatten(1, (cache.config.n_kv_heads, -1)).mean(2)  # (B, Hkv, T, D)
         k, v = cache.read()
-        self._average(cache, q @ k.float().mT / math.sqrt(k.shape[-1]), pos)
+        self._average(cache, q @ k.float().mT / k.shape[-1] ** 0.5, pos)
         if cache.n_live > self.budget:
             self._shrink(cache, q[:, :, -1:], k, v)
 
@@ -113,31 +111,30 @@ class KeepKV(Policy):
         """Update S <- alpha * S + (1 - alpha) * exp(z), as logarithms, by logits z (B, Hkv, T, N) of T queries."""
         see = cache.pos[:, :, None] <= pos[:, None, :, None]  # (B, Hkv, T, N), sizes of 1 broadcast
         weight = (1 - self.alpha) * self.alpha ** torch.arange(pos.shape[1] - 1, -1, -1, device=z.device)
-        new = (z + weight.log()[:, None]).masked_fill(~see, -torch.inf).logsumexp(2)  # (B, Hkv, N)
+        new = (z + weight.log()[:, None]).masked_fill(~see, -torch.inf)
+        new = new.logsumexp(2) if len(weight) > 1 else new[:, :, 0]  # (B, Hkv, N)
         old = cache.column("logS", -torch.inf) + torch.tensor(self.alpha ** pos.shape[1], device=z.device).log()
         cache.set_column("logS", torch.logaddexp(old, new))
         cache.set_column("age", (cache.column("age", 0, torch.int16) + see.sum(2)).clamp(max=2**15 - 1))
 
     def _shrink(self, cache, q, k, v):
         """Choose the entries that stay, merge the others into them or drop them."""
-        rank, n_leave = cache.rank.expand(k.shape[:3]), cache.n_live - self.budget
-        live, n_live = rank >= 0, rank.amax(-1, keepdim=True) + 1
+        b, live = cache.column("bias"), cache.live.expand(k.shape[:3])
         correct = torch.log1p(-(self.alpha ** cache.column("age", 0, torch.int16).float()))  # ln(1 - alpha^n)
         z = torch.where(live, cache.column("logS") - correct, 0.0)
-        b, votes = cache.column("bias"), cache.column("votes", 1.0)
-        must = live & ((rank < self.n_sink) | (rank >= n_live - self.n_recent))
-        stay = must | top(b + z, self.budget - self.n_sink - self.n_recent, live & ~must)
-        to = pair(k.float(), live & ~stay, stay, n_leave, self.budget, self.threshold)
-        grew = torch.zeros_like(to).scatter_add_(-1, to, torch.ones_like(to)) > 1  # something came
-        place = torch.arange(to.shape[-1], device=to.device)
-        near = some(grew | (to != place), min(2 * n_leave, len(place)))  # what goes or grows
-        near_to = torch.zeros_like(to).scatter_(-1, near, place[: near.shape[-1]].expand_as(near))
-        near_to = near_to.gather(-1, to.gather(-1, near))
-        grows, z, b, correct = (x.gather(-1, near) for x in (grew, z, b, correct))
+        rest = live & (cache.rank >= self.n_sink) & ~cache.newest(self.n_recent)
+        left, leaves = cache.leaving(b + z, self.budget, rest)
+        stay = live.scatter(-1, left, live.gather(-1, left) & ~leaves)
+        to = nearest(k.float(), left, leaves, stay, self.budget, self.threshold)
+        near = torch.arange(k.shape[2], device=k.device).expand_as(live)
+        near_to = near.scatter(-1, left, to)
+        if left.shape[-1] == 1:  # two slots matter
+            near, near_to = torch.cat([left, to], -1), torch.cat([to != left, to == to], -1).long()
+        grows = torch.zeros_like(near).scatter_add_(-1, near_to, torch.ones_like(near)) > 1  # something came
+        z, b, correct = (x.gather(-1, near) for x in (z, b, correct))
         k, v, b, mass = merge(take(k, near), take(v, near), z, b, near_to, self.key_form, q)
         for name, new in (("bias", b), ("logS", mass - b + correct)):
             old = cache.column(name)
             cache.set_column(name, old.scatter(-1, near, torch.where(grows, new.to(old.dtype), old.gather(-1, near))))
-        cache.set_column("votes", torch.zeros_like(votes).scatter_add_(-1, to, votes))
         cache.write(torch.where(grows, near, -1), k, v)
         cache.keep(stay)
