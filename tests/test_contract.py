@@ -78,9 +78,25 @@ def test_combinations_work_or_refuse_in_words(names, m, record_property):
     record_property("refused", cache is None)
     if cache is None:
         return
-    text = tiny.ids(400)
+    run_past_every_limit(m, cache, 200)
+
+
+@pytest.mark.parametrize("names", list(itertools.permutations(NAMES["policy"], 2)), ids="+".join)
+def test_two_policies_share_a_cache(names, m):
+    """(b), (d), (g) for ordered pairs; the second one has less room, so that both have something to forget."""
+    first, second = small(names[0]), small(names[1], budget=30)
+    if first.renumbers and second.merges or first.merges and second.renumbers:
+        with pytest.raises(NotImplementedError, match="no single position"):
+            KVCache(m, [first, second])
+        return
+    run_past_every_limit(m, KVCache(m, [first, second]), 50)
+
+
+def run_past_every_limit(m, cache, steps):
+    """Read 130 tokens in parts, then `steps` more; assert that bounds hold and attention is what `read` says."""
+    text = tiny.ids(130 + steps)
     tiny.feed(m, cache, text[:, :130], parts(cache, 50))
-    for t in range(130, 330):
+    for t in range(130, 130 + steps):
         logits = m(text[:, t : t + 1], cache)
         if t % 20 == 0 or t < 135:
             live = sum(sum(c.counts) for c in cache.layers) / sum(c.n_rows for c in cache.layers)
@@ -91,7 +107,7 @@ def test_combinations_work_or_refuse_in_words(names, m, record_property):
     assert logits.isfinite().all()
     for c in cache.layers:
         q = torch.randn(1, 6, 1, 32)
-        pos = torch.full((1, 1), 329 if not cache.renumbers else c.n_live)
+        pos = torch.full((1, 1), 129 + steps if not cache.renumbers else c.n_live)
         k, v = c.read()
         assert k.shape == v.shape == (1, 2, c.size, 32)
         want = reference(q, k, v, c.mask(pos))
