@@ -64,7 +64,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("command", choices=("quick", "full", "check", "plot", *OWN))
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--dtype", default="fp32")
-    parser.add_argument("--text", metavar="FILE", help="UTF-8 prose instead of the standard library's documentation")
+    parser.add_argument("--text", metavar="FILE", help="UTF-8 prose instead of the standard library's documentation:\n"
+                        "a file, wikitext2, or hub:OWNER/NAME/FILE for a file of a data set on the hub")  # fmt: skip
     parser.add_argument("--out", metavar="FILE", help="results, one JSON line each (default: eval-COMMAND.jsonl)")
     parser.add_argument("--jobs", type=int, default=min(4, os.cpu_count() or 1),
                         help="processes of one thread, of 2 to 4 GB (default: one per core, at most 4)")  # fmt: skip
@@ -80,12 +81,11 @@ def measure(args, path: Path) -> list[dict]:
 
     if args.jobs < 1:
         raise ValueError("--jobs must be at least 1")
-    if args.text and not os.path.isfile(args.text):
-        raise ValueError(f"cannot read {args.text}")
     if args.command == "check" and (args.model, args.dtype, args.text) != ("smollm2", "fp32", None):
         raise ValueError(
             "check compares figures of the default model, dtype and text; leave --model, --dtype and --text"
         )
+    tasks.prose(args.text)  # what is wrong with the text is said before the model is loaded
     model, tokenizer = load(args.model, args.dtype)
     grid = choose(plan(args.command, model.config), args.methods, args.tasks)
     grid = run.check(model, tokenizer, grid, tasks.corpus(tokenizer, args.text), args.text)

@@ -11,38 +11,58 @@ from dataclasses import dataclass
 
 LIMIT = 40960  # tokens of the text that samples are taken from
 SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
-WORDS = [
-    "blue",
-    "red",
-    "green",
-    "white",
-    "black",
-    "yellow",
-    "purple",
-    "orange",
-    "grey",
-    "brown",
-    "pink",
-    "golden",
-    "silver",
-    "violet",
-    "scarlet",
-    "amber",
-]
+WORDS = ["blue", "red", "green", "white", "black", "yellow", "purple", "orange", "grey", "brown", "pink", "golden",
+         "silver", "violet", "scarlet", "amber"]  # fmt: skip
 PLACES = ["warehouse", "station", "harbour", "library", "tower", "garden", "bridge", "mill", "castle", "school"]
+HUB = {"wikitext2": "hub:Salesforce/wikitext/wikitext-2-raw-v1/test-00000-of-00001.parquet"}
 
 
 def prose(path: str | None = None) -> str:
-    """Return a UTF-8 file's text, or the standard library's documentation of the language. ValueError if not UTF-8."""
+    """Return a text: the standard library's documentation of the language, or what `path` names.
+
+    That is a UTF-8 file, a key of HUB, or hub:OWNER/NAME/FILE for a file of a data set on the hub. In a .parquet file
+    the text is its column `text`. ValueError in one line for what cannot be had, or is no text.
+    """
     if path is None:
         from pydoc_data.topics import topics
 
         return "\n\n".join(topics[k] for k in sorted(topics))
-    with open(path, encoding="utf-8") as f:
-        try:
+    at = HUB.get(path, path)
+    file = _from_hub(at) if at.startswith("hub:") else at
+    try:
+        if file.endswith(".parquet"):
+            return _parquet(file)
+        with open(file, encoding="utf-8") as f:
             return f.read()
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not UTF-8: {error}") from None
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8: {error}") from None
+
+
+def _from_hub(at: str) -> str:
+    """Fetch hub:OWNER/NAME/FILE unless the hub's cache has it; return where it lies."""
+    import huggingface_hub
+
+    parts = at.removeprefix("hub:").split("/", 2)
+    if len(parts) < 3:
+        raise ValueError(f"a text on the hub is hub:OWNER/NAME/FILE, not {at}")
+    try:
+        return huggingface_hub.hf_hub_download("/".join(parts[:2]), parts[2], repo_type="dataset")
+    except Exception as error:  # http libraries, disks and proxies fail in their own ways
+        why = str(error).strip().split("\n")[0]
+        raise ValueError(f"cannot download {at}: {type(error).__name__}: {why}") from None
+
+
+def _parquet(file: str) -> str:
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError:
+        raise ValueError("a .parquet text needs pyarrow: pip install pyarrow") from None
+    try:
+        return "".join(t or "" for t in parquet.read_table(file, columns=["text"])["text"].to_pylist())
+    except (ArrowException, KeyError, TypeError) as error:
+        raise ValueError(f"{file} has no column of text: {str(error).splitlines()[0]}") from None
 
 
 def corpus(tokenizer, path: str | None = None) -> list[int]:
