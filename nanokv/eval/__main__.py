@@ -20,6 +20,7 @@ from pathlib import Path
 from rich.console import Console
 
 from nanokv.eval import check, plots, run, summary, tasks
+from nanokv.files import write
 
 OWN = ("compare", "speed", "bytes")  # commands with options of their own, in files of their own
 
@@ -137,7 +138,7 @@ def show(records: list[dict], path: Path, title: str) -> None:
         text += (
             f"\nFound, and NLL of the answer in nats per token, by task and tokens:\n\n{summary.lines(header, found)}"
         )
-    _write(path, text)
+    write(path.with_suffix(".md"), text)
 
 
 def show_check(records: list[dict], path: Path, title: str) -> None:
@@ -148,13 +149,7 @@ def show_check(records: list[dict], path: Path, title: str) -> None:
         console.print(summary.terminal(header, [[c.strip("`") for c in row] for row in rows], f"{name}; {title}"))
         text += f"{name}\n\n{summary.lines(header, rows)}\n"
     print("\n".join(notes))
-    _write(path, text + "\n".join(f"- {n}" for n in notes) + "\n")
-
-
-def _write(path: Path, text: str) -> None:
-    part = path.with_suffix(".md.part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path.with_suffix(".md"))
+    write(path.with_suffix(".md"), text + "\n".join(f"- {n}" for n in notes) + "\n")
 
 
 def plot(path: Path) -> int:

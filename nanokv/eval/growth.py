@@ -1,7 +1,6 @@
 """Bytes held while tokens are generated, as a table and a picture: python -m nanokv.eval bytes [SPEC ...]"""
 
 import argparse
-import json
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,6 +12,7 @@ from rich.progress import track
 from nanokv import KVCache
 from nanokv.engine import prefill
 from nanokv.eval import plots, score, summary
+from nanokv.files import write_json
 
 SPECS = ["full", "kivi(bits=4)", "xquant(bits=4)", "pca(rank=32)", "snapkv(budget=256)", "streamingllm(budget=256)",
          "streamingllm(budget=256)+kivi(bits=4)"]  # fmt: skip
@@ -54,9 +54,7 @@ def main(argv=None) -> int:
         bar = track(specs, console=Console(stderr=True), transient=True)
         series = {spec: measure(model, spec, ids, args.context) for spec in bar}
         about = {"model": args.model, "dtype": args.dtype, "context": args.context}
-        part = stem.with_name(f".{stem.name}.json.part")
-        part.write_text(json.dumps({"about": about, "bytes": series}))
-        made = [part.replace(stem.with_name(f"{stem.name}.json"))]
+        made = [write_json(stem.with_name(f"{stem.name}.json"), {"about": about, "bytes": series})]
     except (LoadError, ValueError, NotImplementedError, OSError) as error:
         print(f"bytes: error: {error}", file=sys.stderr)
         return 2

@@ -26,6 +26,7 @@ from nanokv import KVCache, kernels
 from nanokv.engine import prefill
 from nanokv.eval import plots
 from nanokv.eval.compare import fits
+from nanokv.files import write_json
 
 
 class Ours:
@@ -232,9 +233,7 @@ def main(argv=None) -> int:
             raise ValueError("--read draws what was measured; say where with --plot STEM")
         result = json.loads(Path(args.read).read_text()) if args.read else run(args)
         if args.json:
-            temporary = Path(args.json + ".part")
-            temporary.write_text(json.dumps(result, indent=1))
-            temporary.replace(args.json)
+            write_json(args.json, result)
         if args.plot:
             print("\n".join(map(str, draw(result, Path(args.plot)))))
     except (LoadError, ValueError, NotImplementedError, ImportError, OSError) as error:

@@ -5,10 +5,8 @@ bytes a kernel needs to read, over its time, as a share of the bandwidth measure
 """
 
 import argparse
-import json
 import statistics
 import sys
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +14,8 @@ from rich import box
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+
+from nanokv.files import write_json
 
 SHAPES = {"SmolLM2-135M": (3, 3, 64), "Llama-3-8B": (4, 8, 128)}  # query heads per KV head, KV heads, head_dim
 
@@ -135,9 +135,11 @@ def main(argv=None) -> int:
                       f"{base / r['us']:.2f}", f"{r['share']:.0%}")  # fmt: skip
     Console(width=max(100, Console().width)).print(table)
     if args.json:
-        part = Path(args.json + ".part")
-        part.write_text(json.dumps({"about": about, "records": records}, indent=1))
-        part.replace(args.json)
+        try:
+            write_json(args.json, {"about": about, "records": records})
+        except OSError as error:
+            print(f"bench: error: cannot write {args.json}: {error.strerror}", file=sys.stderr)
+            return 2
     return 0
 
 

@@ -14,12 +14,13 @@ import re
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
-from pathlib import Path
 
 from rich import box
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+
+from nanokv.files import write_json
 
 KERNELS = ("decode", "decode_rope", "decode_latent", "decode_kivi", "pack", "rmsnorm", "rope_append", "swiglu")
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
@@ -185,9 +186,11 @@ def main(argv=None) -> int:
     for table in tables(records):
         console.print(table)
     if args.json:
-        part = Path(args.json + ".part")
-        part.write_text(json.dumps(records, indent=1))
-        part.replace(args.json)
+        try:
+            write_json(args.json, records)
+        except OSError as error:
+            print(f"report: error: cannot write {args.json}: {error.strerror}", file=sys.stderr)
+            return 2
     return 0
 
 
