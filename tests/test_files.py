@@ -15,7 +15,7 @@ def test_what_was_there_stays_when_writing_fails(tmp_path, monkeypatch):
     path = files.write(tmp_path / "a", "old")
 
     def fail(self, text, encoding):
-        open(self, "w").write(text[:1])
+        self.write_bytes(text[:1].encode())
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("pathlib.Path.write_text", fail)
