@@ -134,12 +134,11 @@ def ragged(q: Tensor, rows: list, mask: Mask) -> Tensor:
     B, H, T, D = q.shape
     Hkv = len(rows) // B
     add = mask.additive(q.dtype)
-    if add is not None:  # (R, G * T, N)
-        add = add.expand(B, Hkv, T, -1).flatten(0, 1)[:, None].expand(-1, H // Hkv, -1, -1).flatten(1, 2)
+    add = None if add is None else add.expand(B, Hkv, T, -1)
     q = q.reshape(B * Hkv, 1, 1, -1, D)  # the G queries of a group are rows of one problem: (R, 1, 1, G * T, D)
     out = []
     for r, (k, v) in enumerate(rows):
-        see = None if add is None else add[r, :, : len(k)]
+        see = None if add is None else add[r // Hkv, r % Hkv, :, : len(k)].repeat(H // Hkv, 1)  # (G * T, n_r)
         out.append(F.scaled_dot_product_attention(q[r], k[None, None], v[None, None], attn_mask=see))
     return torch.cat(out).view(B, H, T, -1)
 
@@ -151,31 +150,30 @@ def attend_and_sum(q: Tensor, k: Tensor, v: Tensor, mask: Mask, how: str = "sum"
     a CPU BLOCK queries of one head at a time, whose probabilities its cache can hold.
     """
     (B, H, T, D), (_, Hkv, N, _) = q.shape, k.shape
-    R, G = B * Hkv, H // Hkv
-    add = None if mask.causal else mask.additive()
-    add = None if add is None else add.expand(B, Hkv, T, N).flatten(0, 1)
+    G, add = H // Hkv, None if mask.causal else mask.additive()
+    add = None if add is None else add.expand(B, Hkv, T, N)
     later = torch.full((min(T, BLOCK),) * 2, -torch.inf, device=q.device).triu_(1)  # of a block's own entries
-    x, k, v = (t.float().reshape(R, -1, *t.shape[2:]).flatten(1, -2) for t in (q / math.sqrt(D), k, v))
-    x, o, paid = x.view(R, G, T, D), x.new_empty(R, G, T, D), x.new_zeros(R, N)
-    for r in torch.arange(R).split(1 if q.device.type == "cpu" else R):
-        r = slice(int(r[0]), int(r[-1]) + 1)
+    q, k, v, dtype = (q.float() / math.sqrt(D)).view(B, Hkv, G, T, D), k.float(), v.float(), q.dtype
+    o, paid = q.new_empty(q.shape), q.new_zeros(B, Hkv, N)
+    one = [(slice(b, b + 1), slice(h, h + 1)) for b in range(B) for h in range(Hkv)]
+    for at in one if q.device.type == "cpu" else [(slice(None), slice(None))]:
         for i in range(0, T, BLOCK):
             j = min(i + BLOCK, T)
             n = N - T + j if mask.causal else N  # what the last of the block can see
             shares = []
             for g in range(G):
-                s = x[r, g, i:j] @ k[r, :n].mT  # (rows, block, n)
+                s = q[at][:, :, g, i:j] @ k[at][:, :, :n].mT  # (.., .., block, n)
                 if mask.causal:
                     s[..., n - (j - i) :] += later[: j - i, : j - i]
                 elif add is not None:
-                    s += add[r, i:j]
+                    s += add[at][:, :, i:j]
                 p = torch.softmax(s, -1, out=s)  # row by row, so that a row is read before it is overwritten
-                p = p.nan_to_num_(0.0) if mask.see is not None else p
-                torch.matmul(p, v[r, :n], out=o[r, g, i:j])
+                p = p.nan_to_num_(0.0) if mask.see is not None else p  # a query that sees nothing (padding)
+                o[at][:, :, g, i:j] = p @ v[at][:, :, :n]
                 shares.append(p if how == "max" else p.new_ones(1, j - i) @ p)
-            paid[r, :n] += torch.stack(shares).amax(0).sum(1) if how == "max" else sum(shares)[:, 0]
+            paid[at][..., :n] += torch.stack(shares).amax(0).sum(2) if how == "max" else sum(shares)[:, :, 0]
     paid = paid / G if how == "mean" else paid
-    return o.view(B, H, T, D).to(q.dtype), paid.view(B, Hkv, N)
+    return o.view(B, H, T, D).to(dtype), paid
 
 
 BLOCK = 128

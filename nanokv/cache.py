@@ -522,7 +522,7 @@ class LayerCache:
         self.fills.pop(name, None)
 
     def keep(self, mask: Tensor) -> None:
-        """Forget the entries whose mask is False; bool (B, Hkv, N), sizes of 1 broadcast. The one way to forget."""
+        """Forget the entries whose mask is False; bool (B, Hkv, N), sizes of 1 broadcast."""
         shape = (self.B, self.config.n_kv_heads, self.size)
         self.same &= mask.shape[0] == mask.shape[1] == 1
         self.number_slots()
@@ -537,11 +537,11 @@ class LayerCache:
 
         score, fp32, and among, bool, are (B, Hkv, N), or 1 where rows hold the same; n may differ between sequences.
         """
-        gone = self._excess(n)
-        if set(gone) != {1} or self.phase != "decode" or not self.slots.equal:
+        gone, quick = self._excess(n), self.phase == "decode" and self.slots.equal
+        last, leaves = self.leaving(score, n, among) if quick and set(gone) == {1} else (None, None)
+        if last is None or not leaves.all():
             return self.keep(~among | top(score, among.sum(-1, keepdim=True) - self._per_row(gone, score), among))
         self.number_slots()  # in a decode step one goes, without a look at all the others
-        last = lowest(score, among)
         self.same &= last.shape[0] == last.shape[1] == 1
         self.slots["token"].scatter_(1, last.expand(self.B, self.config.n_kv_heads, 1).reshape(-1, 1), HIDDEN)
         self.counts = [c - 1 for c in self.counts]
@@ -551,7 +551,7 @@ class LayerCache:
         gone = self._excess(n)
         if set(gone) == {1}:
             last = lowest(score, among)
-            return last, last >= 0
+            return last, among.expand_as(score).gather(-1, last)
         forget = among & ~top(score, among.sum(-1, keepdim=True) - self._per_row(gone, score), among)
         index = some(forget, max(gone))
         return index, forget.gather(-1, index)
@@ -861,7 +861,7 @@ class KVCache:
         For methods that leave a prompt alone until its last pass, which must bring as many tokens as they observe.
         Call it inside `prompt`, declared for the tokens still to come. NotImplementedError for other methods.
         """
-        if stiff := [m.name for m in self.methods if m.early or m.renumbers]:
+        if stiff := [m.name for m in self.methods if m.early or m.renumbers or m.needs_sums]:
             raise NotImplementedError(f"{stiff[0]} must read a prompt from its beginning")
         if any(self.config.windows) or other.pads:
             raise NotImplementedError("a cache that has forgotten tokens already, or padding, cannot be taken over")

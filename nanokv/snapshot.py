@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-FORMAT = "2"
+FORMAT = "3"
 ZEROS = b"0" * 64
 # what a LayerCache knows beside its tensors
 LAYER = ("n_slots", "counts", "fills", "same", "_settled", "B", "n_rows")

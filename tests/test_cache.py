@@ -414,6 +414,16 @@ def test_sums_are_those_of_the_specification_under_any_mask(how):
         assert tiny.rms(o, reference(q, k, v, mask)) < 1e-6
 
 
+def test_sums_of_16_bit_queries_are_computed_in_fp32():
+    torch.manual_seed(0)
+    q, k, v = (2.5 * torch.randn(1, n, 40, 128).bfloat16() for n in (4, 2, 2))
+    o, paid = attention.attend_and_sum(q, k, v, Mask(40, 40, causal=True), "sum")
+    want = reference(q, k, v, Mask(40, 40, causal=True))
+    assert tiny.rms(o.float(), want) < 2.5e-3  # nothing is rounded but the result, to 8 bits: 2^-9 at most
+    p = probs(q, k, Mask(40, 40, causal=True))
+    assert tiny.rms(paid, attention.reduce_group(p, 2, "sum").sum(2)) < 1e-6
+
+
 def test_sums_follow_the_entries_that_an_earlier_policy_leaves():
     class Sum(Policy):
         name, needs_sums = "sum", "mean"
@@ -612,6 +622,20 @@ def test_only_candidates_go_even_where_all_are_priceless(goal):
     cache.phase, among = "decode", torch.arange(30).view(1, 1, -1) >= 10
     cache.layers[0].keep_best(torch.full((1, 2, 30), torch.inf), goal, among)
     assert cache.live_positions(0, 1).tolist() == list(range(goal))
+
+
+@pytest.mark.parametrize("goal", [29, 27])
+def test_a_row_without_candidates_loses_nothing(goal):
+    m = tiny.model(n_layers=1)
+    cache = KVCache(m)
+    tiny.feed(m, cache, tiny.ids(30))
+    cache.phase, c = "decode", cache.layers[0]
+    c.keep_best(torch.zeros(1, 2, 30), goal, torch.tensor([True, False]).view(1, 2, 1).expand(1, 2, 30))
+    assert c.counts == [goal, 30] and cache.live_positions(0, 1).tolist() == list(range(30))
+    again = KVCache(m)
+    tiny.feed(m, again, tiny.ids(30))
+    left, leaves = again.layers[0].leaving(torch.zeros(1, 2, 30), 29, torch.tensor([True, False]).view(1, 2, 1))
+    assert left[0, 0].tolist() == [29] and leaves.tolist() == [[[True], [False]]]
 
 
 def test_the_newest_are_counted_among_the_living():

@@ -5,7 +5,7 @@ Axis: token
 Idea: Add up the attention probability that each entry has received from all queries since it came. Few entries collect
     most of it, and they go on doing so: keep these heavy hitters, and the newest entries, which had no time to collect.
 Stores: the storage's entries, the token number of each, int32, and its accumulated probability `acc`, fp32; KV heads
-    keep equally many, but different tokens.
+    keep equally many, but different tokens. While a prompt is read also what its last part paid, fp32 per entry.
 Bytes: under `full`, once more than budget tokens were read: held = S * Hkv * (2 * D * itemsize + 8) per layer with
     S = budget + max(16, budget // 16) slots, whatever the length of the text.
 Acts: the prompt is read exactly, so the first generated token sees all of it; the attention of all its queries is added

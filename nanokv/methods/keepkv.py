@@ -69,7 +69,7 @@ def nearest(k, left, leaves, stay, n_stay, threshold):
 
 class KeepKV(Policy):
     """Votes and merging. budget: entries per KV head; n_sink, recent: first entries and share of newest, which stay;
-    threshold: least cosine of a merge; alpha: of averages; window: queries of a prompt in it; key_form: see above."""
+    threshold: cosine above which keys merge; alpha: of averages; window: a prompt's queries in it; key_form: above."""
 
     merges = True
 
