@@ -69,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
                         "a file, wikitext2, or hub:OWNER/NAME/FILE for a file of a data set on the hub")  # fmt: skip
     parser.add_argument("--out", metavar="FILE", help="results, one JSON line each (default: eval-COMMAND.jsonl)")
     parser.add_argument("--jobs", type=int, default=min(4, os.cpu_count() or 1),
-                        help="processes of one thread, of 2 to 4 GB (default: one per core, at most 4)")  # fmt: skip
+                        help="processes of one thread, of 4 GB or more (default: one per core, at most 4)")  # fmt: skip
     parser.add_argument("--methods", nargs="+", metavar="NAME", help="only these, and full")
     parser.add_argument("--tasks", nargs="+", metavar="TASK", help=f"only these of text, {', '.join(tasks.TASKS)};\n"
                         "those that the command would leave out are asked as its passkey is")  # fmt: skip
