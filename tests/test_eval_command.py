@@ -98,9 +98,9 @@ def test_check_says_equal_of_equal_figures_and_not_explained_of_others():
     same = verdicts(fake())
     assert set(same) == {"equal"} and len(same) == 9 * 4 + 3 + 2 + 2 * 9 * 4 + 4 + 3
     near = verdicts(fake(0.0059))
-    assert near[:4] == ["within error: other draws"] * 4 and near[4] == "within error"
+    assert all(v.startswith("within error: other draws") for v in near[:4]) and near[4] == "within error"
     far = verdicts(fake(0.5))
-    assert far.count("NOT EXPLAINED") == 8 * 4 + 1 + 2 * 8 * 4 and far[0] == "other draws"
+    assert far.count("NOT EXPLAINED") == 8 * 4 + 1 + 2 * 8 * 4 and far[0].startswith("other draws")
 
 
 def test_streamingllm_must_find_what_it_keeps():

@@ -23,7 +23,7 @@ METHODS = {  # name: (method, parameters) that do what the other tool's does by 
 }
 SLIDING = run.Setting("streamingllm", "budget", 0, "reindex=False", "streamingllm, forgetting in every step")
 WHY = {
-    "random": "other draws",
+    "random": "other draws; which heads keep the first token is drawn once for all windows, so that errors miss it",
     "kivi": "theirs rounds the prompt once; ours goes on packing while text is generated, with fp16 scales",
     SLIDING.name: "its window slides on during question and answer, theirs stays and grows",
 }
