@@ -18,9 +18,9 @@ Differs: entries stay by their mass (weight times moving average), the same in p
     ranks by recency-weighted attention without the votes. With grouped queries the mean query of a group decides: the
     merge is exact for that one. Each entry counts its own queries for the bias correction 1 - alpha^n. The paper's
     factor is singular where the mean logit is near 0; outside [0.5, 2] its merge is replaced by key_form="bias", which
-    averages keys and lowers the weight instead, as exact and always stable. A merged
-    entry's moving average is what makes its mass the sum of the merged ones. key_form="shift" moves the key along the
-    query, "mean" is the authors' code (not exact). Layer budgets are uniform.
+    averages keys and lowers the weight instead, as exact and always stable. A merged entry's moving
+    average is what makes its mass the sum of the merged ones. key_form="shift" moves the key along the query, "mean" is
+    the authors' code (not exact). Layer budgets are uniform.
 """
 
 import torch
@@ -33,9 +33,8 @@ def merge(k, v, z, b, to, form="paper", q=None):
     its own. Return k, v, b and the log mass, of exp(b + z), per slot, in z's dtype. q (..., 1, D): what z is of."""
 
     def add(x):
-        return torch.zeros_like(x).scatter_add_(
-            to.dim() - 1, to[(...,) + (None,) * (x.dim() - to.dim())].expand_as(x), x
-        )
+        at = to if x.dim() == to.dim() else to[..., None].expand_as(x)
+        return torch.zeros_like(x).scatter_add_(to.dim() - 1, at, x)
 
     most = torch.zeros_like(z).scatter_reduce_(-1, to, b + z, "amax", include_self=False)  # exp cannot overflow
     u = (b + z - most.gather(-1, to)).exp()
