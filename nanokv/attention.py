@@ -32,11 +32,16 @@ class Mask:
         """Return the mask as a tensor to add to the logits, (B, Hkv, T, N) or broadcastable, None if all is seen."""
         if self.causal:
             return _causal(self.T, self.N, dtype, self.device)
-        out = None if self.see is None else torch.zeros_like(self.see, dtype=dtype).masked_fill_(~self.see, -torch.inf)
+        out = None if self.see is None else torch.where(self.see, *_seen_or_not(dtype, self.see.device))
         if self.bias is not None:
             bias = self.bias.to(dtype)[:, :, None, :]
             out = bias if out is None else out + bias
         return out
+
+
+@lru_cache(maxsize=8)
+def _seen_or_not(dtype, device) -> tuple[Tensor, Tensor]:
+    return torch.zeros((), dtype=dtype, device=device), torch.full((), -torch.inf, dtype=dtype, device=device)
 
 
 @lru_cache(maxsize=2)  # the layers of one pass share it
@@ -185,20 +190,20 @@ def reduce_group(s: Tensor, n_kv_heads: int, how: str) -> Tensor:
     return {"mean": s.mean, "max": s.amax, "sum": s.sum}[how](2)
 
 
-def window_scores(cache, window: int, kernel: int, pooling: str, reduce: str) -> tuple[Tensor, Tensor]:
+def window_scores(cache, window: int, kernel: int, pooling: str, reduce: str) -> Tensor:
     """Score entries by the attention that the last `window` queries of a prompt pay them (SnapKV, arXiv 2404.14469).
 
-    `cache` is a LayerCache in phase "last" of a method that `observes` at least `window` queries. Returns the score,
-    fp32 (B, Hkv, N), and which slots it is about, bool (B, Hkv, N): live entries older than the newest `window` ones.
+    `cache` is a LayerCache in phase "last" of a method that `observes` at least `window` queries. Returns fp32
+    (B, Hkv, N), which says nothing of any but the live entries older than the newest `window` ones.
     Probabilities are summed over the queries, reduced over each query group, then pooled over `kernel` neighbouring
     entries ("max" or "avg", zeros beyond both ends). Neighbours are the nearest live entries, hidden ones do not count.
     """
     q, pos = cache.observed()
     p = cache.probs(q[:, :, -window:], pos[..., -window:])  # (B, H, W, N)
     s = reduce_group(p.sum(2), cache.config.n_kv_heads, reduce)  # (B, Hkv, N)
-    old = (cache.live & ~cache.newest(window)).expand_as(s)
+    old = cache.between(0, window).expand_as(s)
     order = torch.argsort(~old, dim=-1, stable=True)  # what is scored first, oldest to newest, without gaps
     line = torch.where(old, s, 0.0).gather(-1, order)
     pool = {"max": F.max_pool1d, "avg": F.avg_pool1d}[pooling]
     line = pool(line, kernel, stride=1, padding=kernel // 2)
-    return torch.zeros_like(s).scatter_(-1, order, line), old
+    return torch.zeros_like(s).scatter_(-1, order, line)

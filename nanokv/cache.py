@@ -94,10 +94,13 @@ class Rows:
         start = torch.tensor(self.start, device=index.device)[:, None] + self.skip
         self.data[name][(start + index)[index >= 0]] = value[index >= 0].to(self.data[name].dtype)
 
-    def append(self, rows=None, **fields: Tensor) -> None:
-        """Add T slots to every row (or to those listed in `rows`), each field given as (rows, T, ...)."""
+    def append(self, rows=None, T: int = 0, **fields: Tensor | float) -> None:
+        """Add slots to every row (or to those listed in `rows`), each field given as (rows, T, ...).
+
+        A field that exists may be given as a number for all T slots, which must then be said if there are only such.
+        """
+        T = next((value.shape[1] for value in fields.values() if isinstance(value, Tensor)), T)
         for name, value in fields.items():
-            T = value.shape[1]
             if name not in self.data:
                 self.add(name, value.shape[2:], value.dtype, value.device)
         if self.equal and (rows is None or len(rows) == len(self.n)):
@@ -107,14 +110,21 @@ class Rows:
             self.n = [n + T for n in self.n]
             for name, value in fields.items():
                 field = self.data[name]
-                field.view(len(self.n), self.cap[0], *field.shape[1:]).narrow(1, lo, T).copy_(value)
+                new = field.view(len(self.n), self.cap[0], *field.shape[1:]).narrow(1, lo, T)
+                new.copy_(value) if isinstance(value, Tensor) else new.fill_(value)
             return
         which = range(len(self.n)) if rows is None else rows
         self.reserve([n + T * (r in which) for r, n in enumerate(self.n)])
-        for i, r in enumerate(which):
-            self.n[r] += T
-            for name, value in fields.items():
-                self.row(name, r)[self.n[r] - T :] = value[i]
+        device = next(iter(self.data.values())).device
+        at = torch.tensor([self.start[r] + self.skip + self.n[r] for r in which], device=device)
+        at = at if T == 1 else (at[:, None] + torch.arange(T, device=device)).flatten()
+        for name, value in fields.items():
+            field = self.data[name]
+            if isinstance(value, Tensor):
+                field.index_copy_(0, at, value.flatten(0, 1).to(field.dtype))
+            else:
+                field.index_fill_(0, at, value)
+        self.n = [n + T * (r in which) for r, n in enumerate(self.n)]
         self._look()
 
     def grow(self, T: int) -> list[int]:
@@ -306,7 +316,7 @@ class Storage(Method):
         """Attend from rotated q (B, H, T, D) at pos to everything stored: (B, H, T, D)."""
         c = self.cache
         if not c.equal:
-            return attention.ragged(q, [c.read_row(r) for r in range(c.n_rows)], c.mask(pos))
+            return attention.ragged(q, [c.read_row(r) for r in range(c.n_rows)], c.mask(pos, padded=False))
         k, v = c.read()
         return attention.attend(q, k, v, c.mask(pos))
 
@@ -392,6 +402,7 @@ class LayerCache:
         self.fills: dict[str, float] = {}  # column -> value for new slots
         self.same = True  # every row holds the same tokens
         self._settled = 0  # hidden slots that were left by the last reclaim
+        self._ends = 0, 0  # how many slots at the beginning and end of each row are known to live, should others not
         self._tail = None  # the last queries of a prompt under way, and their positions
         self._at_rest = True  # no pass is between `append` and `finish`, whose slots must stay where they are
         self.storage = self.parent.storage.bind(self)
@@ -494,9 +505,17 @@ class LayerCache:
 
     def newest(self, n: int) -> Tensor:
         """Return which slots hold the n newest live entries of their row, bool (B, Hkv, N); sizes of 1 broadcast."""
-        first = [max(0, c - n) for c in self.counts]
-        alike = min(first) == max(first)
-        return self.rank >= (first[0] if alike else torch.tensor(first, device=self.device).view(self.B, -1, 1))
+        return self.rank >= self._older(n)
+
+    def between(self, first: int, last: int) -> Tensor:
+        """Return which slots live, but for the `first` oldest and the `last` newest, bool like `rank`."""
+        rank = self.rank
+        return (rank >= first) & (rank < self._older(last))
+
+    def _older(self, n: int) -> int | Tensor:
+        """Return how many live entries of each row are older than its n newest: one number, or (B, Hkv, 1)."""
+        older = [max(0, c - n) for c in self.counts]
+        return older[0] if min(older) == max(older) else torch.tensor(older, device=self.device).view(self.B, -1, 1)
 
     @property
     def pos(self) -> Tensor:
@@ -528,31 +547,35 @@ class LayerCache:
         self.number_slots()
         token = torch.where(mask, self.token, HIDDEN).expand(shape)
         self.slots["token"] = token.reshape(self.n_rows, -1)
-        self.counts = (token != HIDDEN).sum(-1).flatten().tolist()
+        self.counts, self._ends = (token != HIDDEN).sum(-1).flatten().tolist(), (0, 0)
         if self.phase != "decode" and self._hidden > spare(self.n_live):  # a decode step's slots stay until it ends
             self._reclaim()
 
-    def keep_best(self, score: Tensor, n: int | list[int], among: Tensor) -> None:
-        """Forget the lowest-scored of the slots `among` until n entries live in each row; of equals the newest go.
+    def keep_best(self, score: Tensor, n: int | list[int], first: int = 0, last: int = 0) -> None:
+        """Forget the lowest-scored entries until n live in each row; of equals the newest go.
 
-        score, fp32, and among, bool, are (B, Hkv, N), or 1 where rows hold the same; n may differ between sequences.
+        score is fp32 (B, Hkv, N), or 1 where rows hold the same; n may differ between sequences. The `first` oldest
+        and the `last` newest live entries of a row stay whatever their score.
         """
-        gone, quick = self._excess(n), self.phase == "decode" and self.slots.equal
-        last, leaves = self.leaving(score, n, among) if quick and set(gone) == {1} else (None, None)
-        if last is None or not leaves.all():
-            return self.keep(~among | top(score, among.sum(-1, keepdim=True) - self._per_row(gone, score), among))
-        self.number_slots()  # in a decode step one goes, without a look at all the others
-        self.same &= last.shape[0] == last.shape[1] == 1
-        self.slots["token"].scatter_(1, last.expand(self.B, self.config.n_kv_heads, 1).reshape(-1, 1), HIDDEN)
-        self.counts = [c - 1 for c in self.counts]
+        gone = self._excess(n, first, last)
+        ends = (first, last) if self._apart(first, last) else tuple(map(min, self._ends, (first, last)))
+        if self.phase == "decode" and self.slots.equal and set(gone) == {1}:  # no look at all the others
+            least = self._lowest(score, first, last)
+            self.number_slots()
+            self.same &= least.shape[0] == least.shape[1] == 1
+            self.slots["token"].scatter_(1, least.expand(self.B, self.config.n_kv_heads, 1).reshape(-1, 1), HIDDEN)
+            self.counts = [c - 1 for c in self.counts]
+        elif any(gone):
+            self.keep(~self._worst(score, gone, first, last))
+        self._ends = ends
 
-    def leaving(self, score: Tensor, n: int | list[int], among: Tensor) -> tuple[Tensor, Tensor]:
+    def leaving(self, score: Tensor, n: int | list[int], first: int = 0, last: int = 0) -> tuple[Tensor, Tensor]:
         """Return which slots `keep_best` would forget, int64 (B, Hkv, m), and which of the m are such, bool."""
-        gone = self._excess(n)
+        gone = self._excess(n, first, last)
         if set(gone) == {1}:
-            last = lowest(score, among)
-            return last, among.expand_as(score).gather(-1, last)
-        forget = among & ~top(score, among.sum(-1, keepdim=True) - self._per_row(gone, score), among)
+            least = self._lowest(score, first, last)
+            return least, torch.ones_like(least, dtype=torch.bool)
+        forget = self._worst(score, gone, first, last)
         index = some(forget, max(gone))
         return index, forget.gather(-1, index)
 
@@ -615,16 +638,19 @@ class LayerCache:
             k = self.rope(k[None, None], torch.where(pos == HIDDEN, 0, pos)[None])[0, 0]
         return k, v
 
-    def mask(self, pos: Tensor, newest: bool = True) -> attention.Mask:
+    def mask(self, pos: Tensor, newest: bool = True, padded: bool = True) -> attention.Mask:
         """Return what queries at pos (B, T) may see, with the additive bias of merged entries.
 
-        `newest` says that these are the queries of the newest T entries, which makes most masks trivial.
+        `newest` says that these are the queries of the newest T entries, which makes most masks trivial, and `padded`
+        that shorter rows are followed by slots that none may see.
         """
         T, N = pos.shape[-1], self.size
         bias = self._column("bias", 0.0) if "bias" in self.slots.data else None
         plain = newest and bias is None and self.window is None
-        if plain and min(self.counts) == N:  # nothing is hidden: queries are the last T of N slots
+        if plain and not self._hidden and (self.equal or T == 1 and not padded):  # queries are the last T of N slots
             return attention.Mask(causal=T > 1, T=T, N=N, device=self.device)
+        if newest and T == 1 and self.window is None:  # the newest entry's query sees all that lives
+            return attention.Mask(see=self.live[:, :, None], bias=bias, T=T, N=N)
         pos = pos[:, None, :, None] if pos.dim() == 2 else pos[..., None]  # (B, 1 or Hkv, T, 1)
         key = self.pos[:, :, None, :]  # (B, Hkv, 1, N)
         see = key <= pos
@@ -634,14 +660,30 @@ class LayerCache:
 
     # Bookkeeping
 
-    def _excess(self, n: int | list[int]) -> list[int]:
-        """Return how many live entries each row has beyond n, which may differ between sequences."""
+    def _excess(self, n: int | list[int], first: int, last: int) -> list[int]:
+        """Return how many entries of each row must go, and can, for n (per sequence, or one) to be left."""
         n = [n] * self.B if isinstance(n, int) else n
-        return [max(0, c - n[r // self.config.n_kv_heads]) for r, c in enumerate(self.counts)]
+        rows = enumerate(self.counts)
+        return [max(0, min(c - n[r // self.config.n_kv_heads], c - first - last)) for r, c in rows]
 
-    def _per_row(self, numbers: list[int], like: Tensor) -> Tensor:
-        """Return numbers, one per row, as (B, Hkv, 1), or 1 where `like` (B, Hkv, N) has it."""
-        return torch.tensor(numbers, device=self.device).view(self.B, -1, 1)[: like.shape[0], : like.shape[1]]
+    def _worst(self, score: Tensor, gone: list[int], first: int, last: int) -> Tensor:
+        """Return which gone[r] slots of row r score lowest between `first` and `last`, bool like `score`."""
+        stay = [c - first - last - g for c, g in zip(self.counts, gone, strict=True)]  # of those between
+        stay = torch.tensor(stay, device=self.device).view(self.B, -1, 1)[: score.shape[0], : score.shape[1]]
+        among = self.between(first, last)
+        return among & ~top(score, stay, among)
+
+    def _lowest(self, score: Tensor, first: int, last: int) -> Tensor:
+        """Return the slot of each row that scores lowest between `first` and `last`, int64 (B, Hkv, 1)."""
+        if not self._apart(first, last):
+            return lowest(score, ~self.between(first, last))
+        end = self.size - last
+        hidden = self.token[..., first:end] == HIDDEN if self._hidden else None
+        return lowest(score[..., first:end], hidden, first)
+
+    def _apart(self, first: int, last: int) -> bool:
+        """Say whether the `first` oldest and `last` newest entries are known to be the first and last slots."""
+        return self.equal and (not self._hidden or (self._ends[0] >= first and self._ends[1] >= last))
 
     def _column(self, name: str, pad: float) -> Tensor:
         value = self.slots[name]
@@ -677,15 +719,15 @@ class LayerCache:
             [n for n in (token < 0).sum(1).tolist() for _ in range(self.n_rows // B)] if pads else [0] * self.n_rows
         )
         self.counts = [n + T - h for n, h in zip(self.counts, hidden, strict=True)]
+        self._ends = self._ends[0], 0 if any(hidden) else self._ends[1] + T
         self.same &= not pads
         if not self.fills:
             return
-        new = {n: torch.full((self.n_rows, T), f, dtype=self.slots.data[n].dtype, device=self.device)
-               for n, f in self.fills.items()}  # fmt: skip
+        new = dict(self.fills)
         if "token" in new:
             token = torch.where(token < 0, HIDDEN, token) if pads else token
-            new["token"] = token[:, None].expand(B, self.n_rows // B, T).reshape(self.n_rows, T)
-        self.slots.append(**new)
+            new["token"] = token[:, None].expand(B, self.n_rows // B, T).flatten(0, 1)
+        self.slots.append(T=T, **new)
 
     def _observe(self, q: Tensor, pos: Tensor) -> None:
         """Keep the prompt's last queries, un-rotated, across chunks."""
@@ -954,11 +996,15 @@ def top(score: Tensor, n, among: Tensor) -> Tensor:
     return (torch.empty_like(order).scatter_(-1, order, place) < n) & among
 
 
-def lowest(score: Tensor, among: Tensor) -> Tensor:
-    """Return the one slot per row that `top` would leave out first, int64 (B, Hkv, 1): the newest of the lowest."""
+def lowest(score: Tensor, never: Tensor | None = None, start: int = 0) -> Tensor:
+    """Return the one slot per row that `top` would leave out first, int64 (B, Hkv, 1): the newest of the lowest.
+
+    score (B, Hkv, n) is about slots start..start+n-1, and `never` says which of them are out of the question.
+    """
     low, high = torch.finfo(score.dtype).min, torch.finfo(score.dtype).max
-    score = score.nan_to_num(low, high, low).masked_fill_(~among, torch.inf)
-    return score.shape[-1] - 1 - score.flip(-1).argmin(-1, keepdim=True)
+    score = score.nan_to_num(low, high, low)
+    score = score if never is None else score.masked_fill_(never, torch.inf)
+    return start + score.shape[-1] - 1 - score.flip(-1).argmin(-1, keepdim=True)
 
 
 def some(mask: Tensor, n: int) -> Tensor:

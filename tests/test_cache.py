@@ -591,27 +591,70 @@ def test_a_later_part_of_a_prompt_is_attended_causally_without_a_mask(T, N, B, H
 
 @pytest.mark.parametrize("phase, goal", [("last", [9, 12]), ("decode", [29, 29]), ("decode", [29, 28]), ("last", 30)])
 @pytest.mark.parametrize("heads", [1, 2])
-def test_keeping_the_best_is_what_sorting_would_do(phase, goal, heads):
+@pytest.mark.parametrize("ends", [(0, 0), (3, 0), (4, 7)], ids=str)
+def test_keeping_the_best_is_what_sorting_would_do(phase, goal, heads, ends):
     """Where one of each row goes another path is taken, which must be the same."""
     if heads == 1 and goal != 30:
         goal = goal[0]  # rows of one score stay the same
     score = torch.randint(0, 4, (2 if heads > 1 else 1, heads, 30)).float()  # many ties
     score[..., 3], score[..., 8], score[..., 20] = float("nan"), float("inf"), float("-inf")
-    among = torch.rand(1, 1, 30) > 0.2
     m = tiny.model(n_layers=1)
     cache = KVCache(m)
     tiny.feed(m, cache, tiny.ids(30).expand(2, -1))
-    cache.phase, c = phase, cache.layers[0]
-    c.keep_best(score, goal, among)
+    cache.phase, c, (first, last) = phase, cache.layers[0], ends
+    c.keep_best(score, goal, first, last)
+    middle = list(range(first, 30 - last))
     for b in range(2):
-        n = (goal if isinstance(goal, int) else goal[b]) - int((~among).sum())
+        n = (goal if isinstance(goal, int) else goal[b]) - first - last
         for h in range(2):
             s = score[b % len(score), h % heads].nan_to_num(-1e30, 1e30, -1e30)
-            places = sorted(among[0, 0].nonzero().flatten().tolist(), key=lambda i: (-s[i], i))
-            want = set(places[: max(0, n)]) | set((~among)[0, 0].nonzero().flatten().tolist())
+            best = sorted(middle, key=lambda i: (-s[i], i))[: max(0, n)]
+            want = {*best, *range(first), *range(30 - last, 30)}
             assert set(cache.live_positions(0, h, b).tolist()) == want
             assert c.counts[b * 2 + h] == len(want)
-    assert c.same == (heads == 1)
+    assert c.same == (heads == 1 or goal == 30)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_which_entries_are_the_oldest_and_newest_is_known_whatever_went_before(seed):
+    """Steps in which one entry of each row goes, between others that leave holes at the ends, against a list."""
+    g = torch.Generator().manual_seed(seed)
+
+    def draw(n):
+        return int(torch.randint(n, (1,), generator=g))
+
+    class Some(Policy):
+        def __call__(self, cache, q, pos):
+            for row in alive:
+                row.append(cache.parent.next_position)
+            for _ in range(1 + draw(2)):
+                N, first, last = cache.size, draw(6), draw(9)
+                score = torch.rand(1, 2, N, generator=g)
+                token = cache.token.expand(1, 2, -1)[0].tolist()
+                if draw(8) == 0:  # anything goes
+                    stay = torch.rand(1, 2, N, generator=g) > 0.1
+                    cache.keep(stay)
+                    for h, row in enumerate(alive):
+                        row[:] = [t for t in row if stay[0, h, token[h].index(t)]]
+                    continue
+                n = cache.n_live - 1 - (draw(6) == 0)
+                cache.keep_best(score, n, first, last)
+                for h, row in enumerate(alive):
+                    goes = max(0, min(len(row) - n, len(row) - first - last))
+                    middle = row[first : len(row) - last]
+                    gone = sorted(middle, key=lambda t: (score[0, h, token[h].index(t)], -t))[:goes]
+                    row[:] = [t for t in row if t not in gone]
+            held = [cache.token.expand(1, 2, -1)[0, h][cache.live.expand(1, 2, -1)[0, h]].tolist() for h in range(2)]
+            assert held == alive
+            quick.append(cache._hidden > 0 and cache._apart(first, last))
+
+    alive, quick, m = [list(range(59)), list(range(59))], [], tiny.model(n_layers=1)
+    cache = KVCache(m)
+    tiny.feed(m, cache, tiny.ids(59))
+    cache.layers[0].policies = [Some()]
+    for t in range(40):
+        tiny.feed(m, cache, tiny.ids(1, seed=t))
+    assert any(quick)  # or the path in question was never taken
 
 
 @pytest.mark.parametrize("goal", [29, 12])
@@ -619,8 +662,8 @@ def test_only_candidates_go_even_where_all_are_priceless(goal):
     m = tiny.model(n_layers=1)
     cache = KVCache(m)
     tiny.feed(m, cache, tiny.ids(30))
-    cache.phase, among = "decode", torch.arange(30).view(1, 1, -1) >= 10
-    cache.layers[0].keep_best(torch.full((1, 2, 30), torch.inf), goal, among)
+    cache.phase = "decode"
+    cache.layers[0].keep_best(torch.full((1, 2, 30), torch.inf), goal, first=10)
     assert cache.live_positions(0, 1).tolist() == list(range(goal))
 
 
@@ -630,12 +673,14 @@ def test_a_row_without_candidates_loses_nothing(goal):
     cache = KVCache(m)
     tiny.feed(m, cache, tiny.ids(30))
     cache.phase, c = "decode", cache.layers[0]
-    c.keep_best(torch.zeros(1, 2, 30), goal, torch.tensor([True, False]).view(1, 2, 1).expand(1, 2, 30))
-    assert c.counts == [goal, 30] and cache.live_positions(0, 1).tolist() == list(range(30))
-    again = KVCache(m)
-    tiny.feed(m, again, tiny.ids(30))
-    left, leaves = again.layers[0].leaving(torch.zeros(1, 2, 30), 29, torch.tensor([True, False]).view(1, 2, 1))
-    assert left[0, 0].tolist() == [29] and leaves.tolist() == [[[True], [False]]]
+    c.keep_best(torch.zeros(1, 2, 30), goal, first=20, last=10)
+    assert c.counts == [30, 30]
+    c.keep(torch.arange(30).view(1, 1, -1) < torch.tensor([30, 25]).view(1, 2, 1))
+    c.keep_best(torch.zeros(1, 2, 30), 20, first=20, last=5)
+    assert c.counts == [25, 25] and cache.live_positions(0, 1).tolist() == list(range(25))
+    assert cache.live_positions(0, 0).tolist() == [*range(20), *range(25, 30)]
+    left, leaves = c.leaving(torch.zeros(1, 2, 30), 24)
+    assert left[0, 0].tolist() == [29] and left[0, 1].tolist() == [24] and leaves.all()
 
 
 def test_the_newest_are_counted_among_the_living():

@@ -23,7 +23,7 @@ def prefer(rows, gamma=200.0, **parameters):
     columns, place = {}, torch.arange(n + W).view(1, 1, -1)
     cache = SimpleNamespace(
         B=1, config=SimpleNamespace(n_kv_heads=1), notes={},
-        live=place >= 0, newest=lambda w: place >= n + W - w,
+        between=lambda first, last: (place >= first) & (place < n + W - last),
         observed=lambda: (torch.zeros(1, 1, W, 8), torch.arange(n, n + W)[None]), probs=lambda q, pos: p[None, None],
         column=lambda name: None, set_column=columns.__setitem__,
     )  # fmt: skip

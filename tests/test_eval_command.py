@@ -144,6 +144,17 @@ def test_check_refuses_another_model_or_text(capsys):
 
 
 @pytest.mark.slow
+def test_the_full_cache_answers_nearly_always(smollm2):
+    """Or the model would be measured and not the cache. The questions are those of `full`."""
+    (model, tokenizer), found = smollm2, []
+    for unit in command.plan("full", model.config):
+        if unit.task != "text":
+            work = run.work(unit, [run.Setting("full", modes=("aware",))], model, tokenizer, tasks.corpus(tokenizer))
+            found += [r["exact"] for r in work]
+    assert len(found) == 42 and statistics.fmean(found) > 0.8
+
+
+@pytest.mark.slow
 def test_seeing_the_question_does_not_harm_snapkv(smollm2):
     model, tokenizer = smollm2
     ask = score.Question(model, tasks.samples("passkey", tokenizer, tasks.corpus(tokenizer), 512, 6))

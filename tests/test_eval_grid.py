@@ -119,7 +119,8 @@ def test_a_sample_holds_its_answer_at_its_depth_and_has_its_length(task, corpus)
     tok = Letters()
     for s in tasks.samples(task, tok, corpus, 900, 4):
         assert len(s.context) + len(s.question) + len(s.answer) == 900
-        code = s.answer[-5:]
+        code, scored = s.answer[-5:], [t for t, counts in zip(s.answer, s.scored, strict=True) if counts]
+        assert len(scored) == (10 if task == "multivalue" else 5) and set(scored) <= set(tok.encode("0123456789"))
         at = [i for i in range(len(s.context)) if s.context[i : i + 5] == code]
         assert at and (task in ("multivalue", "tracking", "recall") or abs(at[0] / 900 - s.depth) < 0.25)
     again = tasks.samples(task, tok, corpus, 900, 4)
@@ -142,6 +143,15 @@ def test_both_modes_score_what_the_full_cache_says(m, corpus):
     for r in out.values():
         assert abs(r["nll"] - float(want)) < 1e-4
         assert r["exact"] == (logp.argmax(-1).tolist() == s.answer)
+
+
+def test_words_between_two_codes_are_read_and_not_scored(m, corpus):
+    (s,) = tasks.samples("multivalue", Letters(), corpus, 500, 1)
+    (r,) = score.Question(m, [s])("full", "aware")
+    logp = m(torch.tensor([s.context + s.question + s.answer]), KVCache(m))[0].log_softmax(-1)[-len(s.answer) - 1 : -1]
+    at = torch.tensor(s.scored)
+    assert abs(r["nll"] + float(logp[range(len(s.answer)), s.answer][at].mean())) < 1e-4
+    assert r["right"] == float((logp.argmax(-1) == torch.tensor(s.answer))[at].float().mean())
 
 
 def test_a_window_keeps_the_answers_in_it_and_no_others(m, corpus):
@@ -341,6 +351,32 @@ def test_plots_and_tables_come_from_the_results(inline, tmp_path, capsys):
     assert command.main(["plot", "--out", str(tmp_path / "none.jsonl")]) == 2
     text = path.with_suffix(".md").read_text()
     assert "passkey 300, unseen" in text and " %)" in text  # an interval behind each count
+    assert command.main(["plot", "--out", str(path), "--against", "full"]) == 0
+    assert "exclude 0" not in text and "exclude 0" in path.with_suffix(".md").read_text()
+    assert command.main(["plot", "--out", str(path), "--against", "fool"]) == 2
+    assert command.main(["full", "--out", str(path), "--against", "full"]) == 2
+
+
+def test_differences_are_taken_window_by_window():
+    def records(setting, kl, nll):
+        unit, asked = run.Unit("text", 64, (0, 1, 2), 3, 8), run.Unit("passkey", 64, (0, 1), 2)
+        out = [{"key": unit.key(i, setting), "setting": setting, "kl": x, "rise": 2 * x} for i, x in enumerate(kl)]
+        return out + [{"key": asked.key(i, setting, "aware"), "setting": setting, "mode": "aware", "nll": x}
+                      for i, x in enumerate(nll)]  # fmt: skip
+
+    found = records("a 50%", [1.0, 5.0, 9.0], [1, 2]) + records("b 50%", [1.1, 5.2, 9.3], [2, 1])
+    found += records("b 25%", [9.0], [9])
+    _, (row,) = summary.against(found, "a")  # b 25% has none to be compared with
+    # differences 0.1, 0.2, 0.3: 0.2 ± 4.303 * 0.1 / sqrt(3), where the means' own intervals are 40 times as wide
+    assert row == ["b 50%", "a 50%", "+0.200 ± 0.248", "+0.400 ± 0.497", "-", "+0.00 ± 12.706"]
+    _, rows = summary.against(found, "a 50%")
+    assert [r[0] for r in rows] == ["b 25%", "b 50%"] and rows[0][2].startswith("+8.000")
+    found[3]["error"] = "failed"
+    steady = records("c 50%", [2.0, 6.0, 10.1], [])
+    _, rows = summary.against(found + steady, "a")
+    assert rows[-1][:3] == ["c 50%", "a 50%", "+1.033 ± 0.143 *"]
+    with pytest.raises(ValueError, match="no setting 'z'"):
+        summary.against(found, "z")
 
 
 def test_retrieval_is_drawn_over_the_bytes_of_retrieval():

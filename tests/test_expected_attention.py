@@ -83,9 +83,10 @@ def cut(method, k, v, mean, cov):
     """Return which entries (n, D) of one KV head `method` keeps for queries of these moments."""
     got, rank = [], torch.arange(len(k)).view(1, 1, -1)
     fake = SimpleNamespace(read=lambda: (k[None, None], v[None, None]), rank=rank,
-                           newest=lambda n: rank >= len(k) - n, keep_best=lambda *best: got.extend(best))  # fmt: skip
+                           keep_best=lambda *best: got.extend(best))  # fmt: skip
     method._cut(fake, mean.view(1, 1, 1, 1, -1), cov[None, None, None])
-    score, n, among = got
+    score, n, first, last = got
+    among = (rank >= first) & (rank < len(k) - last)
     stay = top(score, among.sum(-1, keepdim=True) + n - len(k), among) | ~among
     return set(stay[0, 0].nonzero().flatten().tolist())
 

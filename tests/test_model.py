@@ -7,6 +7,7 @@ import transformers
 
 import weights
 from nanokv import KVCache, generate
+from nanokv.model import RMSNorm
 
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 64}  # fmt: skip
@@ -90,6 +91,17 @@ def test_a_sliding_window_frees_what_no_query_can_see(tmp_path):
     tiny.steps(model, cache, tiny.ids(50))
     assert cache.live_positions(0, 0).tolist() == list(range(250 - 36, 250))  # the next query sees itself and 36 more
     assert cache.nbytes < 0.3 * cache.ledger()["total"]["full"]
+
+
+@pytest.mark.parametrize("dtype, digits", [(torch.float32, 2**-22), (torch.bfloat16, 2**-7)])
+def test_one_huge_channel_takes_no_digits_from_the_others(dtype, digits):
+    x = torch.randn(3, 576).to(dtype)
+    x[:, 7], x[2] = 1e6, 0.0
+    norm = RMSNorm(576, 1e-5).to(dtype)
+    norm.weight.data.normal_()
+    exact = x.double() / (x.double().pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * norm.weight.double()
+    error = (norm(x).double() - exact).abs()
+    assert (error <= digits * exact.abs()).all()  # a handful of roundings, each by half of 2^-23 or 2^-8
 
 
 def test_only_the_last_logits_on_request():

@@ -23,7 +23,7 @@ class Scores(Policy):
 
     def __call__(self, cache, q, pos):
         if cache.phase == "last":
-            self.score, self.old = window_scores(cache, *self.args)
+            self.score = window_scores(cache, *self.args)
 
 
 ROW = [0.05, 0, 0.3, 0, 0, 0.1, 0, 0.05]
@@ -41,7 +41,6 @@ def test_a_small_example(monkeypatch, pooling, kernel, scores, keeps):
     cache = KVCache(m, [look, SnapKV(budget=5, window=2, kernel=kernel, pooling=pooling)])
     tiny.feed(m, cache, text)
     assert torch.allclose(look.score[0, 0, :8], torch.tensor(scores), atol=1e-7)  # one rounding of numbers below 0.4
-    assert look.old[0, 0].tolist() == [True] * 8 + [False] * 2
     assert kept(cache) == {(0, 0): keeps | {8, 9}}
 
 

@@ -35,9 +35,11 @@ def main(argv=None) -> int:
     args = _parser().parse_args(argv)
     path = Path(args.out or f"eval-{'full' if args.command == 'plot' else args.command}.jsonl")
     if args.command == "plot":
-        return plot(path)
+        return plot(path, args.against)
     start = time.monotonic()
     try:
+        if args.against:
+            raise ValueError("--against belongs to plot, which reads what was measured")
         records = measure(args, path)
     except (ValueError, NotImplementedError, OSError) as error:  # weights.LoadError is a ValueError
         print(f"eval: error: {error}", file=sys.stderr)
@@ -73,6 +75,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--methods", nargs="+", metavar="NAME", help="only these, and full")
     parser.add_argument("--tasks", nargs="+", metavar="TASK", help=f"only these of text, {', '.join(tasks.TASKS)};\n"
                         "those that the command would leave out are asked as its passkey is")  # fmt: skip
+    parser.add_argument("--against", metavar="METHOD", help="plot: also print what each setting has more than this\n"
+                        "one, or than this method at the same strength, on the same windows and questions")  # fmt: skip
     return parser
 
 
@@ -102,8 +106,9 @@ def plan(command: str, config) -> dict[run.Unit, list[run.Setting]]:
     if command == "quick":
         return dict.fromkeys(run.units("text", 512, 2, 32) + run.units("passkey", 512, 2), chosen)
     more = run.settings(config, budgets=[0.5, 0.25, 0.1], bits=[8, 4, 2], ranks=[0.75, 0.5, 0.25])
-    units = [u for task in ("passkey", "needle", "tracking") for u in run.units(task, 1024, 6)]
-    units += run.units("passkey", 512, 6)  # at a tenth of the entries all lose what was hidden: strengths as in quick
+    asked = [(1024, "passkey"), (1024, "needle"), *((512, t) for t in tasks.TASKS if t != "needle")]
+    units = [u for n, task in asked for u in run.units(task, n, 6)]
+    # at a tenth of the entries all lose what was hidden: strengths as in quick
     return dict.fromkeys(run.units("text", 2048, 6, 128), more) | dict.fromkeys(units, chosen)
 
 
@@ -125,8 +130,11 @@ def choose(grid: dict, methods: list[str] | None, only: list[str] | None) -> dic
     return grid
 
 
-def show(records: list[dict], path: Path, title: str) -> None:
-    """Print the table and write it, and what was found of every task, as Markdown beside the results."""
+def show(records: list[dict], path: Path, title: str, base: str | None = None) -> None:
+    """Print the table and write it, and what was found of every task, as Markdown beside the results.
+
+    With `base` also the differences from this setting or method.
+    """
     rows, (header, found) = summary.summarise(records), summary.by_task(records)
     if not rows:
         return
@@ -138,6 +146,11 @@ def show(records: list[dict], path: Path, title: str) -> None:
         text += (
             f"\nFound, and NLL of the answer in nats per token, by task and tokens:\n\n{summary.lines(header, found)}"
         )
+    if base:
+        header, differences = summary.against(records, base)
+        console = Console(width=max(190, Console().width))
+        console.print(summary.terminal(header, differences, "differences with 95 % intervals, * where these exclude 0"))
+        text += f"\nDifferences, 95 % intervals, * where these exclude 0:\n\n{summary.lines(header, differences)}"
     write(path.with_suffix(".md"), text)
 
 
@@ -152,8 +165,8 @@ def show_check(records: list[dict], path: Path, title: str) -> None:
     write(path.with_suffix(".md"), text + "\n".join(f"- {n}" for n in notes) + "\n")
 
 
-def plot(path: Path) -> int:
-    """Draw what is in a results file."""
+def plot(path: Path, base: str | None = None) -> int:
+    """Draw what is in a results file, and print it; with `base` also the differences from this setting or method."""
     records = run.read(path)
     if not records:
         print(f"eval: error: {path} holds no results; run quick or full first, or give --out", file=sys.stderr)
@@ -162,7 +175,11 @@ def plot(path: Path) -> int:
         print("eval: error: plots need matplotlib: pip install matplotlib", file=sys.stderr)
         return 2
     rows, stem = summary.summarise(records), path.with_suffix("")
-    show(records, path, str(path))
+    try:
+        show(records, path, str(path), base)
+    except ValueError as error:
+        print(f"eval: error: {error}", file=sys.stderr)
+        return 2
     made = []
     for x, y, label, name in (
         ("held", "kl", "KL from the full cache, nats per token", "quality"),

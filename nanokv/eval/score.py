@@ -120,8 +120,8 @@ class Question:
 
     def __init__(self, model, samples: list, chunk: int = CHUNK):
         self.model, self.chunk = model, chunk
-        parts = ([getattr(s, name) for s in samples] for name in ("context", "question", "answer"))
-        context, self.asked, self.answer = (torch.tensor(ids) for ids in parts)  # (B, n) each
+        parts = ([getattr(s, name) for s in samples] for name in ("context", "question", "answer", "scored"))
+        context, self.asked, self.answer, self.scored = (torch.tensor(ids) for ids in parts)  # (B, n) each
         self.prompt = Prompt(model, context)
 
     def length(self, mode: str) -> int:
@@ -129,7 +129,7 @@ class Question:
         return self.prompt.ids.shape[1] + (self.asked.shape[1] - 1 if mode == "aware" else 0)
 
     def __call__(self, spec: str, mode: str) -> list[dict]:
-        """Return a record for each question: exact (all right), right (share of tokens), nll (nats per token).
+        """Return a record for each question: exact (all right), right (share of the scored tokens), nll (per token).
 
         Bytes are those held when the prompt was compressed, before the rest of the question comes.
         """
@@ -138,9 +138,9 @@ class Question:
         size = held(cache)
         rest = torch.cat([self.asked[:, -1:] if aware else self.asked, self.answer[:, :-1]], 1)
         found = torch.cat(list(follow(self.model, cache, rest, self.chunk)), 1)[:, -self.answer.shape[1] :]
-        right, nll = found.argmax(-1) == self.answer, _nll(found, self.answer).mean(1)
-        return [{"exact": bool(r.all()), "right": float(r.float().mean()), "nll": float(n), **size}
-                for r, n in zip(right, nll, strict=True)]  # fmt: skip
+        right, nll = found.argmax(-1) == self.answer, _nll(found, self.answer)
+        return [{"exact": bool(r[s].all()), "right": float(r[s].float().mean()), "nll": float(n[s].mean()), **size}
+                for r, n, s in zip(right, nll, self.scored, strict=True)]  # fmt: skip
 
 
 def _nll(logp: Tensor, target: Tensor) -> Tensor:

@@ -111,6 +111,35 @@ def by_task(records: list[dict]) -> tuple[list[str], list[list[str]]]:
     return ["setting", *(f"{task} {n:,}, {'seen' if mode == 'aware' else 'unseen'}" for task, n, mode in names)], out
 
 
+def against(records: list[dict], base: str) -> tuple[list[str], list[list[str]]]:
+    """Return header and rows: what each setting has more than `base`, on the same windows and questions.
+
+    `base` is a setting, or a method, which is then taken at each setting's own strength. Differences tell methods apart
+    that means do not, since windows differ more than methods. ValueError if there is no such setting.
+    """
+    found: dict[str, dict] = {}
+    for r in records:
+        if "error" not in r:
+            parts = r["key"].split("|")  # as run.Unit.key joins them: the last but one names the setting
+            found.setdefault(r["setting"], {})[tuple(parts[:-2] + parts[-1:])] = r
+    out = []
+    for setting, mine in found.items():
+        other = base if base in found else " ".join([base, *setting.split()[1:]])
+        if other == setting or other not in found:
+            continue
+        line = [setting, other]
+        for name, mode in (("kl", None), ("rise", None), ("nll", "agnostic"), ("nll", "aware")):
+            pairs = [(mine[k], r) for k, r in found[other].items() if k in mine and r.get("mode") == mode]
+            more, half = mean([a[name] - b[name] for a, b in pairs]) if pairs else (math.nan, math.nan)
+            clear = " *" if abs(more) > half else ""
+            line.append(f"{more:+.{3 if mode is None else 2}f} ± {half:.3f}{clear}" if pairs else "-")
+        out.append(line)
+    if not out:
+        raise ValueError(f"there is no setting {base!r} to compare with; there are {', '.join(sorted(found))}")
+    header = ["setting", "less", "KL, nats", "NLL rise, nats", "NLL of facts, question unseen", "question seen"]
+    return header, sorted(out)
+
+
 def terminal(header: list[str], rows: list[list[str]], title: str) -> Table:
     """Return rows for a terminal."""
     out = Table(title=title, box=box.SIMPLE)

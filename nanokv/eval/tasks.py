@@ -13,6 +13,7 @@ LIMIT = 40960  # tokens of the text that samples are taken from
 SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 WORDS = ["blue", "red", "green", "white", "black", "yellow", "purple", "orange", "grey", "brown", "pink", "golden",
          "silver", "violet", "scarlet", "amber"]  # fmt: skip
+KINDS = ["phone number", "account number", "serial number", "ticket number", "room number", "licence number"]
 PLACES = ["warehouse", "station", "harbour", "library", "tower", "garden", "bridge", "mill", "castle", "school"]
 HUB = {"wikitext2": "hub:Salesforce/wikitext/wikitext-2-raw-v1/test-00000-of-00001.parquet"}
 
@@ -82,59 +83,75 @@ def windows(n: int, context: int, tokens: int, count: int) -> list[int]:
 
 @dataclass
 class Sample:
-    """One retrieval question, in token ids; `depth` is where in the filler the answer lies, 0 to 1."""
+    """One retrieval question, in token ids; `depth` is where in the filler the answer lies, 0 to 1.
+
+    `scored` says which tokens of the answer are: codes are, the words that join two of them are not.
+    """
 
     task: str
     depth: float
     context: list
     question: list
     answer: list
+    scored: list
 
 
 def _code(rng) -> str:
     return str(rng.randrange(10000, 99999))
 
 
+def _facts(facts) -> list[tuple]:
+    return [(at, f"\nThe {kind} of the {name} is {code}.\n") for at, kind, name, code in facts]
+
+
+def _ask(name: str, kind: str = "secret code") -> tuple[str, str]:
+    """Return the question, and the beginning of its answer."""
+    return f"What is the {kind} of the {name}?", f"The {kind} of the {name} is "
+
+
+# Each returns what is told as (depth, text) pairs, the question and its answer's beginning, and the answer: codes, with
+# the words between them at odd places. They are as hard as the default model's full cache can nearly always answer.
+
+
 def passkey(rng, depth):
     """One secret code in prose."""
     key = _code(rng)
-    return [(depth, f"\nThe secret code of the blue warehouse is {key}.\n")], "blue warehouse", key
+    return _facts([(depth, "secret code", "blue warehouse", key)]), _ask("blue warehouse"), [key]
 
 
 def needle(rng, depth):
-    """The same among four others, of other places, which are nearly what is asked for."""
-    facts = [(depth, "blue warehouse", _code(rng))]
-    for i, place in enumerate(rng.sample(PLACES[1:], 4)):
-        facts.append(((depth + (i + 1) / 5) % 1, f"{rng.choice(WORDS[1:])} {place}", _code(rng)))
-    return _facts(facts), "blue warehouse", facts[0][2]
+    """The same among four other numbers, of other kinds and places."""
+    facts, kinds = [(depth, "secret code", "blue warehouse", _code(rng))], rng.sample(KINDS, 4)
+    for i, (kind, place) in enumerate(zip(kinds, rng.sample(PLACES[1:], 4), strict=True)):
+        facts.append(((depth + (i + 1) / 5) % 1, kind, f"{rng.choice(WORDS[1:])} {place}", _code(rng)))
+    return _facts(facts), _ask("blue warehouse"), [facts[0][3]]
 
 
 def multikey(rng, depth):
-    """Eight codes of the same kind of place, told apart by one word."""
-    colours = rng.sample(WORDS, 8)
-    facts = [((depth + i / 8) % 1, f"{c} warehouse", _code(rng)) for i, c in enumerate(colours)]
-    return _facts(facts), facts[0][1], facts[0][2]
+    """Four codes of four places, one of which is asked for."""
+    names = [f"{w} {p}" for w, p in zip(rng.sample(WORDS, 4), rng.sample(PLACES, 4), strict=True)]
+    facts = [((depth + i / 4) % 1, "secret code", name, _code(rng)) for i, name in enumerate(names)]
+    return _facts(facts), _ask(names[0]), [facts[0][3]]
 
 
 def multivalue(rng, depth):
-    """Two codes of one place, to be given in the order in which they were told."""
-    ends = sorted((depth, (depth + 0.5) % 1))
-    facts = [(at, "blue warehouse", _code(rng)) for at in ends]
-    a, b = (key for _, _, key in facts)
-    pieces = [(at, f"\nA secret code of the {name} is {key}.\n") for at, name, key in facts]
-    return pieces, "blue warehouse, both of them in order", f"{a} and {b}"
+    """Two codes of one place, told far from each other and asked for together."""
+    ends, codes = sorted((depth, (depth + 0.5) % 1)), [_code(rng), _code(rng)]
+    kinds = ["first secret code", "second secret code"]
+    told = [(at, kind, "blue warehouse", code) for at, kind, code in zip(ends, kinds, codes, strict=True)]
+    question = (
+        "What are the first and the second secret code of the blue warehouse?",
+        _ask("blue warehouse", kinds[0])[1],
+    )
+    return _facts(told), question, [codes[0], f", and the {kinds[1]} of the blue warehouse is ", codes[1]]
 
 
 def recall(rng, depth):
-    """A dictionary of twelve codes in one place."""
-    names = [f"{c} {p}" for c, p in zip(rng.sample(WORDS, 12), rng.choices(PLACES, k=12), strict=True)]
-    codes = [_code(rng) for _ in names]
-    i = rng.randrange(12)
-    return (
-        [(depth, "\n" + "".join(f"The secret code of the {n} is {c}.\n" for n, c in zip(names, codes, strict=True)))],
-        names[i],
-        codes[i],
-    )
+    """A list of four codes in one place."""
+    names = [f"{w} {p}" for p, w in zip(rng.sample(PLACES, 4), rng.sample(WORDS, 4), strict=True)]
+    codes, i = [_code(rng) for _ in names], rng.randrange(4)
+    told = "".join(f"The secret code of the {n} is {c}.\n" for n, c in zip(names, codes, strict=True))
+    return [(depth, "\n" + told)], _ask(names[i]), [codes[i]]
 
 
 def tracking(rng, depth):
@@ -143,11 +160,7 @@ def tracking(rng, depth):
     key = _code(rng)
     told = [f"{a} warehouse is {key}", f"{b} warehouse is that of the {a} warehouse"]
     chain = [f"The secret code of the {what}." for what in (*told, f"blue warehouse is that of the {b} warehouse")]
-    return [((depth + i / 3) % 1, f"\n{line}\n") for i, line in enumerate(chain)], "blue warehouse", key
-
-
-def _facts(facts):
-    return [(at, f"\nThe secret code of the {name} is {key}.\n") for at, name, key in facts]
+    return [((depth + i / 3) % 1, f"\n{line}\n") for i, line in enumerate(chain)], _ask("blue warehouse"), [key]
 
 
 TASKS = {f.__name__: f for f in (passkey, needle, multikey, multivalue, recall, tracking)}
@@ -155,16 +168,12 @@ TASKS = {f.__name__: f for f in (passkey, needle, multikey, multivalue, recall, 
 
 def sample(task: str, tokenizer, text: list[int], length: int, depth: float, rng: random.Random) -> Sample:
     """Return one question of about `length` tokens in all, with a filler from a random place of `text`."""
-    if task == "passkey":  # in this order, so that seeds of other tools give the same numbers
-        key, start = _code(rng), rng.randrange(0, len(text) - length)
-        pieces, asked = [(depth, f"\nThe secret code of the blue warehouse is {key}.\n")], "blue warehouse"
-    else:
-        pieces, asked, key = TASKS[task](rng, depth)
-        start = rng.randrange(0, len(text) - length)
+    pieces, (asked, begin), parts = TASKS[task](rng, depth)
+    start = rng.randrange(0, len(text) - length)  # after the codes, so that seeds of other tools give the same numbers
     head = tokenizer.encode(f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n")
-    question = f"\nWhat is the secret code of the {asked}?<|im_end|>\n<|im_start|>assistant\n"
-    question += f"The secret code of the {asked} is "
-    question, answer = tokenizer.encode(question), tokenizer.encode(key)
+    question = tokenizer.encode(f"\n{asked}<|im_end|>\n<|im_start|>assistant\n{begin}")
+    parts = [tokenizer.encode(part) for part in parts]
+    answer = [t for ids in parts for t in ids]
     told = [(at, tokenizer.encode(piece)) for at, piece in sorted(pieces, key=lambda p: p[0])]
     n = length - len(head) - len(question) - len(answer) - sum(len(ids) for _, ids in told)
     if n < 0:
@@ -174,7 +183,8 @@ def sample(task: str, tokenizer, text: list[int], length: int, depth: float, rng
         cut = int(at * n)
         context += filler[done:cut] + ids
         done = cut
-    return Sample(task, depth, context + filler[done:], question, answer)
+    scored = [i % 2 == 0 for i, ids in enumerate(parts) for _ in ids]
+    return Sample(task, depth, context + filler[done:], question, answer, scored)
 
 
 def samples(task: str, tokenizer, text: list[int], length: int, count: int, seed: int | None = None) -> list[Sample]:

@@ -59,7 +59,8 @@ class AdaKV(Policy):
 
     def __call__(self, cache, q, pos):
         if cache.phase == "last" and cache.n_live > self.budget:
-            score, old = window_scores(cache, self.window, self.kernel, self.pooling, self.reduce)
+            score = window_scores(cache, self.window, self.kernel, self.pooling, self.reduce)
+            old = cache.between(0, self.window).expand_as(score)
             cache.keep((self._mix if self.variant == "mix" else self._guard)(score, old) | ~old)
 
     def _guard(self, score, old):

@@ -138,9 +138,8 @@ class CAKE(Plan):
 
     def _prefix(self, cache):
         """Return which slots hold entries older than the window, bool (B, Hkv, N)."""
-        return (cache.live & ~cache.newest(self.window)).expand(cache.B, cache.config.n_kv_heads, -1)
+        return cache.between(0, self.window).expand(cache.B, cache.config.n_kv_heads, -1)
 
     def _keep(self, cache, score, budgets):
         """Keep the window and, of what is older, the best budgets[b] entries of each KV head of sequence b."""
-        prefix = self._prefix(cache)
-        cache.keep_best(score, [n + self.window for n in budgets], prefix)
+        cache.keep_best(score, [n + self.window for n in budgets], last=self.window)

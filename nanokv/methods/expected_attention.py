@@ -105,4 +105,4 @@ class ExpectedAttention(Policy):
         score = z.softmax(-1).nan_to_num(0.0).mean(2)  # (B, Hkv, N)
         if self.use_vnorm:
             score = (score + self.epsilon) * v.float().norm(dim=-1)
-        cache.keep_best(score, self.budget, (rank >= self.n_sink) & ~cache.newest(self.window))
+        cache.keep_best(score, self.budget, self.n_sink, self.window)

@@ -66,7 +66,4 @@ class H2O(Policy):
         if self.normalize:
             newest = cache.token.masked_fill(~cache.live, -1).amax(-1, keepdim=True)  # (B, Hkv, 1)
             score = score / (newest + 1 - cache.token)  # every query since the entry came could see it
-        rest = cache.live & ~cache.newest(self.n_recent)
-        if self.n_sink:
-            rest = rest & (cache.rank >= self.n_sink)
-        cache.keep_best(score, self.budget, rest)
+        cache.keep_best(score, self.budget, self.n_sink, self.n_recent)

@@ -59,7 +59,4 @@ class KeyDiff(Policy):
         length = k.norm(dim=-1).clamp(min=1e-12)  # (B, Hkv, N)
         anchor = torch.where(live, 1 / length, 0.0)[:, :, None] @ k  # the sum of unit keys; its direction matters
         cosine = (k @ anchor.mT)[..., 0] / length  # times the anchor's length, the same for all of a head
-        rest = live & ~cache.newest(n_recent)
-        if self.n_sink:
-            rest = rest & (cache.rank >= self.n_sink)
-        cache.keep_best(-cosine, self.budget, rest)
+        cache.keep_best(-cosine, self.budget, self.n_sink, n_recent)

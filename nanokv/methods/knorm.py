@@ -35,4 +35,4 @@ class Knorm(Policy):
     def __call__(self, cache, q, pos):
         if cache.phase == "last" and cache.layer >= self.skip_layers and cache.n_live > self.budget:
             norm = cache.read()[0].float().norm(dim=-1)  # (B, Hkv, N)
-            cache.keep_best(-norm, self.budget, cache.live)
+            cache.keep_best(-norm, self.budget)

@@ -56,8 +56,8 @@ class PyramidKV(Plan):
         totals = [read - pad for pad in cache.parent.pads or [0] * cache.B]
         budgets = [self.budgets(cache.config.n_layers, total)[cache.layer] for total in totals]
         if cache.n_live > min(budgets):
-            score, old = window_scores(cache, self.window, self.kernel, self.pooling, self.reduce)
-            cache.keep_best(score, budgets, old)
+            score = window_scores(cache, self.window, self.kernel, self.pooling, self.reduce)
+            cache.keep_best(score, budgets, last=self.window)
 
     def budgets(self, n_layers: int, total: int) -> list[int]:
         """Return the entries that each layer keeps of a prompt of `total` tokens, the window included."""

@@ -37,7 +37,7 @@ class Random(Policy):
         if cache.phase == "last" and cache.n_live > self.budget:
             lots = self._draw(cache).to(cache.device)  # (B, Hkv, n_live)
             rank = cache.rank.expand(*lots.shape[:2], -1)  # by place among the living, whatever slots are hidden
-            cache.keep_best(lots.gather(-1, rank.clamp(min=0)), self.budget, cache.live)
+            cache.keep_best(lots.gather(-1, rank.clamp(min=0)), self.budget)
 
     def _draw(self, cache):
         """Return a number from [0, 1) for each live entry of each row, fp32 (B, Hkv, n_live), oldest first."""

@@ -45,5 +45,5 @@ class SnapKV(Policy):
 
     def __call__(self, cache, q, pos):
         if cache.phase == "last" and cache.n_live > self.budget:
-            score, old = window_scores(cache, self.window, self.kernel, self.pooling, self.reduce)
-            cache.keep_best(score, self.budget, old)
+            score = window_scores(cache, self.window, self.kernel, self.pooling, self.reduce)
+            cache.keep_best(score, self.budget, last=self.window)

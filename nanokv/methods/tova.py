@@ -44,8 +44,7 @@ class TOVA(Policy):
         acts = cache.phase == "last" or (cache.phase == "decode" and self.decode_update)
         if acts and cache.n_live > self.budget:
             p = cache.probs(*cache.observed()) if cache.phase == "last" else cache.step_probs  # (B, H, T, N)
-            rest = cache.live & ~cache.newest(self.protect_last)
-            cache.keep_best(self._score(cache, p[:, :, -1]), self.budget, rest)
+            cache.keep_best(self._score(cache, p[:, :, -1]), self.budget, last=int(self.protect_last))
 
     def _score(self, cache, p):
         """Average attention p (B, H, N) over heads: (B, Hkv, N), or (B, 1, N) where all rows hold the same tokens."""
