@@ -105,9 +105,9 @@ def _past_and_present(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     past, lse_past = _with_lse(q.reshape(B, Hkv, -1, D), k[:, :, : N - T], v[:, :, : N - T])
     k, v = k[:, :, N - T :], v[:, :, N - T :]
     heads = [_with_lse(q[:, g :: H // Hkv], k, v, is_causal=True) for g in range(H // Hkv)]
-    present, lse = (torch.stack(part, 2).view(B, H, T, -1).float() for part in zip(*heads, strict=True))
-    share = torch.sigmoid(lse_past.reshape(B, H, T, 1) - lse)  # of the past in the softmax's denominator
-    return torch.lerp(present, past.reshape(B, H, T, -1).float(), share).to(q.dtype)
+    present, lse = (torch.stack(part, 2).view(B, H, T, -1) for part in zip(*heads, strict=True))
+    share = torch.sigmoid(lse_past.reshape(B, H, T, 1) - lse)  # of the past in the softmax's denominator, at least fp32
+    return torch.lerp(present.to(share.dtype), past.reshape(B, H, T, -1).to(share.dtype), share).to(q.dtype)
 
 
 def _rows(q: Tensor, k: Tensor, v: Tensor, add: Tensor | None) -> Tensor:

@@ -116,7 +116,7 @@ class Rows:
         which = range(len(self.n)) if rows is None else rows
         self.reserve([n + T * (r in which) for r, n in enumerate(self.n)])
         device = next(iter(self.data.values())).device
-        at = torch.tensor([self.start[r] + self.skip + self.n[r] for r in which], device=device)
+        at = torch.tensor([self.start[r] + self.skip + self.n[r] for r in which], dtype=torch.int64, device=device)
         at = at if T == 1 else (at[:, None] + torch.arange(T, device=device)).flatten()
         for name, value in fields.items():
             field = self.data[name]
@@ -402,7 +402,7 @@ class LayerCache:
         self.fills: dict[str, float] = {}  # column -> value for new slots
         self.same = True  # every row holds the same tokens
         self._settled = 0  # hidden slots that were left by the last reclaim
-        self._ends = 0, 0  # how many slots at the beginning and end of each row are known to live, should others not
+        self._ends = 0, 0  # where anything is hidden: how many slots at each row's beginning and end are known to live
         self._tail = None  # the last queries of a prompt under way, and their positions
         self._at_rest = True  # no pass is between `append` and `finish`, whose slots must stay where they are
         self.storage = self.parent.storage.bind(self)

@@ -61,16 +61,13 @@ class RMSNorm(Light):
     def __init__(self, size: int, eps: float):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
-        self.least = torch.tensor(
-            math.sqrt(size * eps), dtype=torch.float64
-        )  # what eps adds to a length, at a right angle
 
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type != "cpu":
             return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)  # x / sqrt(mean(x^2) + eps) * weight
-        wide = x if x.element_size() > 2 else x.float()  # PyTorch has no fused kernel of it for CPUs
-        length = torch.hypot(torch.linalg.vector_norm(wide, dim=-1, keepdim=True), self.least)
-        return (wide / length).mul_(math.sqrt(x.shape[-1])).to(x.dtype) * self.weight
+        wide = x if x.element_size() > 2 else x.float()  # CPUs have no fused kernel of it
+        scale = (wide * wide).mean(-1, keepdim=True).add_(self.eps).rsqrt_()
+        return (wide * scale).to(x.dtype) * self.weight
 
     def after(self, x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
         """Return x + delta (..., E) and that normalised."""
@@ -130,14 +127,8 @@ class RoPE:
         cos, sin = self.tables(pos, x.dtype)  # (B, 1 or Hkv, T, D)
         if 1 < cos.shape[1] < x.shape[1]:  # the query heads of a group share their KV head's positions
             cos, sin = (t.repeat_interleave(x.shape[1] // t.shape[1], 1) for t in (cos, sin))
-        # (a, b) -> (a cos - b sin, b cos + a sin) for the halves a and b of x
-        half = x.shape[-1] // 2
-        if x.shape[-2] == 1:
-            return torch.addcmul(x * cos, x.roll(half, -1), sin)  # rolling exchanges the halves, at the price of a copy
-        out = x * cos
-        out[..., :half].addcmul_(x[..., half:], sin[..., :half])
-        out[..., half:].addcmul_(x[..., :half], sin[..., half:])
-        return out
+        # (a, b) -> (a cos - b sin, b cos + a sin) for the halves a and b of x, which rolling by D/2 exchanges
+        return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
 def _scale_frequencies(inv: Tensor, scaling: dict | None) -> Tensor:

@@ -74,6 +74,18 @@ def test_rows_behave_like_lists(plan):
         assert all(len(f) == sum(rows.cap) for f in rows.data.values())
 
 
+def test_rows_take_numbers_and_nothing():
+    rows = Rows(2)
+    rows.append(a=torch.ones(2, 3, dtype=torch.int16), b=torch.zeros(2, 3))
+    rows.append(T=1, a=7, b=-torch.inf)
+    assert rows["a"].tolist() == [[1, 1, 1, 7]] * 2 and rows["b"][:, 3].tolist() == [-torch.inf] * 2
+    rows.append([1], a=torch.tensor([[8]]), b=0.5)  # unequal from here
+    rows.append([], a=torch.ones(0, 1), b=torch.ones(0, 1))
+    rows.append(T=2, a=9, b=1.5)
+    assert [rows.row("a", r).tolist() for r in range(2)] == [[1, 1, 1, 7, 9, 9], [1, 1, 1, 7, 8, 9, 9]]
+    assert rows.row("b", 1)[3:].tolist() == [-torch.inf, 0.5, 1.5, 1.5]
+
+
 def test_growing_copies_rarely():
     rows, copies = Rows(2), 0
     for _ in range(4000):
@@ -575,7 +587,7 @@ def test_a_long_cache_cut_among_threads_gives_the_same(threads, N, T, monkeypatc
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("B,H,Hkv", [(1, 9, 3), (2, 4, 4), (2, 8, 1)])
 @pytest.mark.parametrize("T,N", [(17, 18), (17, 100), (64, 200), (100, 101)])
 def test_a_later_part_of_a_prompt_is_attended_causally_without_a_mask(T, N, B, H, Hkv, dtype):
@@ -585,7 +597,7 @@ def test_a_later_part_of_a_prompt_is_attended_causally_without_a_mask(T, N, B, H
     mask = Mask(T, N, causal=True)
     # bf16: the two parts and their average are each rounded to 8 bits of mantissa, 2^-9 relative
     assert tiny.rms(attend(q, k, v, mask).float(), reference(q, k, v, mask)) < (
-        1e-6 if dtype == torch.float32 else 4e-3
+        4e-3 if dtype == torch.bfloat16 else 1e-6
     )
 
 

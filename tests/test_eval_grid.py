@@ -368,15 +368,20 @@ def test_differences_are_taken_window_by_window():
     found += records("b 25%", [9.0], [9])
     _, (row,) = summary.against(found, "a")  # b 25% has none to be compared with
     # differences 0.1, 0.2, 0.3: 0.2 ± 4.303 * 0.1 / sqrt(3), where the means' own intervals are 40 times as wide
-    assert row == ["b 50%", "a 50%", "+0.200 ± 0.248", "+0.400 ± 0.497", "-", "+0.00 ± 12.706"]
+    assert row == ["b 50%", "a 50%", "+0.200 ± 0.248", "+0.400 ± 0.497", "-", "+0.000 ± 12.706"]
     _, rows = summary.against(found, "a 50%")
-    assert [r[0] for r in rows] == ["b 25%", "b 50%"] and rows[0][2].startswith("+8.000")
+    assert [r[:3] for r in rows] == [["b 25%", "a 50%", "+8.000"], ["b 50%", "a 50%", "+0.200 ± 0.248"]]
     found[3]["error"] = "failed"
     steady = records("c 50%", [2.0, 6.0, 10.1], [])
     _, rows = summary.against(found + steady, "a")
     assert rows[-1][:3] == ["c 50%", "a 50%", "+1.033 ± 0.143 *"]
-    with pytest.raises(ValueError, match="no setting 'z'"):
-        summary.against(found, "z")
+    _, rows = summary.against(found + records("d 50%", [1.0, 5.0, 9.0], []), "a")
+    assert rows[-1][2] == "+0.000 ± 0.000"  # equal, and no star for it
+    for base in ("z", "a 50", ""):
+        with pytest.raises(ValueError, match="nothing can be compared with"):
+            summary.against(found, base)
+    with pytest.raises(ValueError, match="nothing can be compared with 'a'"):
+        summary.against(records("a 50%", [1.0], []), "a")
 
 
 def test_retrieval_is_drawn_over_the_bytes_of_retrieval():

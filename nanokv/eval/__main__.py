@@ -38,7 +38,7 @@ def main(argv=None) -> int:
         return plot(path, args.against)
     start = time.monotonic()
     try:
-        if args.against:
+        if args.against is not None:
             raise ValueError("--against belongs to plot, which reads what was measured")
         records = measure(args, path)
     except (ValueError, NotImplementedError, OSError) as error:  # weights.LoadError is a ValueError
@@ -136,6 +136,7 @@ def show(records: list[dict], path: Path, title: str, base: str | None = None) -
     With `base` also the differences from this setting or method.
     """
     rows, (header, found) = summary.summarise(records), summary.by_task(records)
+    differences = None if base is None else summary.against(records, base)
     if not rows:
         return
     Console(width=max(190, Console().width)).print(summary.table(rows, title))
@@ -146,11 +147,11 @@ def show(records: list[dict], path: Path, title: str, base: str | None = None) -
         text += (
             f"\nFound, and NLL of the answer in nats per token, by task and tokens:\n\n{summary.lines(header, found)}"
         )
-    if base:
-        header, differences = summary.against(records, base)
+    if differences:
+        header, lines = differences
         console = Console(width=max(190, Console().width))
-        console.print(summary.terminal(header, differences, "differences with 95 % intervals, * where these exclude 0"))
-        text += f"\nDifferences, 95 % intervals, * where these exclude 0:\n\n{summary.lines(header, differences)}"
+        console.print(summary.terminal(header, lines, "differences with 95 % intervals, * where these exclude 0"))
+        text += f"\nDifferences, 95 % intervals, * where these exclude 0:\n\n{summary.lines(header, lines)}"
     write(path.with_suffix(".md"), text)
 
 

@@ -115,7 +115,7 @@ def against(records: list[dict], base: str) -> tuple[list[str], list[list[str]]]
     """Return header and rows: what each setting has more than `base`, on the same windows and questions.
 
     `base` is a setting, or a method, which is then taken at each setting's own strength. Differences tell methods apart
-    that means do not, since windows differ more than methods. ValueError if there is no such setting.
+    that means do not, since windows differ more than methods. ValueError if nothing can be compared with it.
     """
     found: dict[str, dict] = {}
     for r in records:
@@ -127,17 +127,27 @@ def against(records: list[dict], base: str) -> tuple[list[str], list[list[str]]]
         other = base if base in found else " ".join([base, *setting.split()[1:]])
         if other == setting or other not in found:
             continue
-        line = [setting, other]
+        line = []
         for name, mode in (("kl", None), ("rise", None), ("nll", "agnostic"), ("nll", "aware")):
             pairs = [(mine[k], r) for k, r in found[other].items() if k in mine and r.get("mode") == mode]
-            more, half = mean([a[name] - b[name] for a, b in pairs]) if pairs else (math.nan, math.nan)
-            clear = " *" if abs(more) > half else ""
-            line.append(f"{more:+.{3 if mode is None else 2}f} ± {half:.3f}{clear}" if pairs else "-")
-        out.append(line)
+            line.append(_more([a[name] - b[name] for a, b in pairs]))
+        if set(line) != {"-"}:
+            out.append([setting, other, *line])
     if not out:
-        raise ValueError(f"there is no setting {base!r} to compare with; there are {', '.join(sorted(found))}")
+        raise ValueError(f"nothing can be compared with {base!r} among {', '.join(sorted(found)) or 'no results'}")
     header = ["setting", "less", "KL, nats", "NLL rise, nats", "NLL of facts, question unseen", "question seen"]
     return header, sorted(out)
+
+
+def _more(differences: list[float]) -> str:
+    """Return a mean difference, with its interval if there are two, and * if that excludes 0."""
+    if not differences:
+        return "-"
+    more, half = mean(differences)
+    text = f"{more:+.3f}"
+    if math.isnan(half):
+        return text
+    return f"{text} ± {half:.3f}" + (" *" if abs(more) > half and abs(more) >= 0.0005 else "")
 
 
 def terminal(header: list[str], rows: list[list[str]], title: str) -> Table:
