@@ -56,9 +56,8 @@ def forget_masks() -> None:
 
 def probs(q: Tensor, k: Tensor, mask: Mask) -> Tensor:
     """Return the attention probabilities of rotated q (B, H, T, D) over k (B, Hkv, N, D): fp32 (B, H, T, N)."""
-    B, H, T, D = q.shape
-    Hkv = k.shape[1]
-    s = (q.float() / math.sqrt(D)).reshape(B, Hkv, -1, D) @ k.float().transpose(-1, -2)  # (B, Hkv, G*T, N)
+    (B, H, T, D), Hkv = q.shape, k.shape[1]
+    s = torch.bmm((q.float() / math.sqrt(D)).reshape(B * Hkv, -1, D), k.float().flatten(0, 1).mT)  # (R, G*T, N)
     s = s.view(B, Hkv, H // Hkv, T, -1)
     add = mask.additive()
     if add is not None:
@@ -72,7 +71,7 @@ def probs(q: Tensor, k: Tensor, mask: Mask) -> Tensor:
 def mix(p: Tensor, v: Tensor) -> Tensor:
     """Return the average of values v (B, Hkv, N, D) under probabilities p (B, H, T, N): fp32 (B, H, T, D)."""
     B, H, T, N = p.shape
-    return (p.view(B, v.shape[1], -1, N) @ v.float()).view(B, H, T, -1)
+    return torch.bmm(p.view(B * v.shape[1], -1, N), v.float().flatten(0, 1)).view(B, H, T, -1)
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
