@@ -618,7 +618,11 @@ def test_help(capfd):
 
 def start(*argv, **options):
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen([sys.executable, str(ROOT / "generate.py"), *map(str, argv)], **(pipes | options))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit it ignored
+    try:
+        return subprocess.Popen([sys.executable, str(ROOT / "generate.py"), *map(str, argv)], **(pipes | options))
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 LONG = ("--raw", "--prompt", "abc", "--method", "streamingllm", "--budget", "64", "--max-new-tokens", "1000000")
