@@ -627,7 +627,7 @@ def test_keeping_the_best_is_what_sorting_would_do(phase, goal, heads, ends):
     assert c.same == (heads == 1 or goal == 30)
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(20))
 def test_which_entries_are_the_oldest_and_newest_is_known_whatever_went_before(seed):
     """Steps in which one entry of each row goes, between others that leave holes at the ends, against a list."""
     g = torch.Generator().manual_seed(seed)
@@ -639,7 +639,7 @@ def test_which_entries_are_the_oldest_and_newest_is_known_whatever_went_before(s
         def __call__(self, cache, q, pos):
             for row in alive:
                 row.append(cache.parent.next_position)
-            for _ in range(1 + draw(2)):
+            for _ in range((cache.n_live > 16) * (1 + draw(2))):
                 N, first, last = cache.size, draw(6), draw(9)
                 score = torch.rand(1, 2, N, generator=g)
                 token = cache.token.expand(1, 2, -1)[0].tolist()
@@ -656,16 +656,15 @@ def test_which_entries_are_the_oldest_and_newest_is_known_whatever_went_before(s
                     middle = row[first : len(row) - last]
                     gone = sorted(middle, key=lambda t: (score[0, h, token[h].index(t)], -t))[:goes]
                     row[:] = [t for t in row if t not in gone]
+                quick.append(cache._hidden > 0 and cache._apart(first, last))
             held = [cache.token.expand(1, 2, -1)[0, h][cache.live.expand(1, 2, -1)[0, h]].tolist() for h in range(2)]
             assert held == alive
-            quick.append(cache._hidden > 0 and cache._apart(first, last))
 
-    alive, quick, m = [list(range(59)), list(range(59))], [], tiny.model(n_layers=1)
+    alive, quick, m = [list(range(24)), list(range(24))], [], tiny.model(n_layers=1)  # few, so that ends matter
     cache = KVCache(m)
-    tiny.feed(m, cache, tiny.ids(59))
+    tiny.feed(m, cache, tiny.ids(24))
     cache.layers[0].policies = [Some()]
-    for t in range(40):
-        tiny.feed(m, cache, tiny.ids(1, seed=t))
+    tiny.steps(m, cache, tiny.ids(60))
     assert any(quick)  # or the path in question was never taken
 
 
