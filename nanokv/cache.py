@@ -44,6 +44,8 @@ class Rows:
     the other, each with spare slots at its end, so that no row pays for a longer one.
     """
 
+    derived = ("_wide",)  # not saved
+
     def __init__(self, n_rows: int, least: int = 16):
         self.least = least
         self.n, self.cap = [0] * n_rows, [0] * n_rows  # slots used and allocated, per row
@@ -51,6 +53,7 @@ class Rows:
         self.skip = 0  # slots at the front of every row that were popped and not yet overwritten
         self.equal = True  # all rows have the same length, so that they can be seen as one (R, N, ...) tensor
         self.data: dict[str, Tensor] = {}  # field -> (sum of cap, ...)
+        self._wide: dict[str, tuple] = {}  # field -> the tensor in `data`, and the same as (R, cap, ...) of equal rows
 
     @property
     def size(self) -> int:
@@ -66,6 +69,11 @@ class Rows:
         """Create a field with `fill` in every slot."""
         self.data[name] = torch.full((sum(self.cap), *shape), fill, dtype=dtype, device=device)
 
+    def remove(self, name: str) -> None:
+        """Free a field, if there is one."""
+        self.data.pop(name, None)
+        self._wide.pop(name, None)
+
     def row(self, name: str, r: int) -> Tensor:
         """Return one row of a field, (n_r, ...), as a view."""
         lo = self.start[r] + self.skip
@@ -73,13 +81,21 @@ class Rows:
 
     def __getitem__(self, name: str) -> Tensor:
         """Return a field as (R, N, ...): a view when rows are equal, else a copy padded with zeros."""
-        field = self.data[name]
         if self.equal:
-            return field.view(len(self.n), self.cap[0], *field.shape[1:]).narrow(1, self.skip, self.n[0])
+            return self._room(name, self.skip, self.n[0])
+        field = self.data[name]
         out = field.new_zeros(len(self.n), self.size, *field.shape[1:])
         for r, n in enumerate(self.n):
             out[r, :n] = self.row(name, r)
         return out
+
+    def _room(self, name: str, at: int, T: int) -> Tensor:
+        """Return T slots of every row of a field, used or not, as a view (R, T, ...); rows are equal."""
+        field, (seen, wide) = self.data[name], self._wide.get(name, (None, None))
+        if seen is not field:
+            wide = field.view(len(self.n), self.cap[0], *field.shape[1:])
+            self._wide[name] = field, wide
+        return wide.narrow(1, at, T)
 
     def __setitem__(self, name: str, value: Tensor) -> None:
         """Overwrite a field from (R, N, ...); what stands beyond a row's length is ignored."""
@@ -109,8 +125,7 @@ class Rows:
             lo = self.skip + self.n[0]
             self.n = [n + T for n in self.n]
             for name, value in fields.items():
-                field = self.data[name]
-                new = field.view(len(self.n), self.cap[0], *field.shape[1:]).narrow(1, lo, T)
+                new = self._room(name, lo, T)
                 new.copy_(value) if isinstance(value, Tensor) else new.fill_(value)
             return
         which = range(len(self.n)) if rows is None else rows
@@ -205,6 +220,7 @@ class Rows:
                     new[start[r] : start[r] + n] = row.clone() if caps is None else row
             self.data[name] = new
         self.n, self.cap, self.start, self.skip = list(counts), list(new_cap), start, 0
+        self._wide = {}  # whose tensors would live on
         self._look()
 
     def _look(self) -> None:
@@ -537,7 +553,7 @@ class LayerCache:
 
     def drop_column(self, name: str) -> None:
         """Free a column, if there is one."""
-        self.slots.data.pop(name, None)
+        self.slots.remove(name)
         self.fills.pop(name, None)
 
     def keep(self, mask: Tensor) -> None:
