@@ -83,19 +83,28 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
     """Compute `reference` in q's dtype, quickly."""
     B, H, T, D = q.shape
     Hkv = k.shape[1]
-    G = H // Hkv
     if mask.causal and T == mask.N:  # the first part of a prompt: half of the work can be skipped
-        heads = [F.scaled_dot_product_attention(q[:, g::G], k, v, is_causal=True) for g in range(G)]
-        return torch.stack(heads, 2).view(B, H, T, -1)
-    if mask.causal and T > 16 and q.device.type == "cpu":
+        return _grouped(q, k, v, is_causal=True)
+    if mask.causal and T > 16 and q.is_cpu:
         return _past_and_present(q, k, v)
     add = mask.additive(q.dtype)
-    if T <= 16:  # the G queries of a group are rows of one problem
-        if add is not None and T > 1:
-            add = add[:, :, None].expand(-1, -1, G, T, -1).flatten(2, 3)
-        return _rows(q.reshape(B, Hkv, G * T, D), k, v, add).view(B, H, T, -1)
-    heads = [F.scaled_dot_product_attention(q[:, g::G], k, v, attn_mask=add) for g in range(G)]
-    return torch.stack(heads, 2).view(B, H, T, -1)
+    if T > 16 or (GROUPED and T == 1 and add is None and q.is_cpu and q.element_size() == 2):
+        return _grouped(q, k, v, attn_mask=add)
+    if add is not None and T > 1:
+        add = add[:, :, None].expand(-1, -1, H // Hkv, T, -1).flatten(2, 3)
+    return _rows(q.reshape(B, Hkv, -1, D), k, v, add).view(B, H, T, -1)  # a group's queries are rows of one problem
+
+
+def _grouped(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    """Attend from q (B, H, T, D) to k, v (B, Hkv, N, D), which are not copied for the heads of a group."""
+    if GROUPED and q.is_cpu and (attn_mask is None or attn_mask.shape[1] == 1):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask, is_causal=is_causal, enable_gqa=True)
+    G = q.shape[1] // k.shape[1]
+    heads = [F.scaled_dot_product_attention(q[:, g::G], k, v, attn_mask, is_causal=is_causal) for g in range(G)]
+    return torch.stack(heads, 2).view(*q.shape[:3], -1)
+
+
+GROUPED = torch.__version__ >= (2, 9)  # before, PyTorch copied keys and values on a CPU when told of groups
 
 
 def _past_and_present(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from nanokv.cache import KVCache
 
-CHUNK = 1024  # prompt tokens per pass: bounds the memory of activations, large enough to keep the processor busy
+CHUNK = 2048  # prompt tokens per pass: bounds the memory of activations, large enough to keep the processor busy
 
 
 def prefill(
