@@ -114,7 +114,7 @@ class _Hollow(TorchFunctionMode):
 def build(config: Config, source, dtype=torch.float32, device="cpu") -> Decoder:
     """Return a Decoder on `device` filled from a source, tensor by tensor, each cast to dtype."""
     with _Hollow():
-        model = Decoder(config).to(dtype)
+        model = Decoder(config).to(dtype).arrange(device)
     check_shapes({n: tuple(t.shape) for n, t in model.slots().items()}, source, config.tied)
     try:
         model.to_empty(device=device)

@@ -5,8 +5,11 @@ layer calls its cache three times and knows nothing else about it; everything th
 those three calls (nanokv/cache.py).
 """
 
+from __future__ import annotations
+
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -49,10 +52,23 @@ class Config:
 
 
 class Light(nn.Module):
-    """A module whose call costs no more than its work for one token: hooks are looked for, and nothing else."""
+    """A module whose call costs no more than its work for one token.
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return super().__call__(x) if self._forward_hooks or self._forward_pre_hooks else self.forward(x)
+    Hooks are looked for, and nothing else is; parts are plain attributes too, found without nn.Module's search.
+    """
+
+    def __call__(self, *args):
+        return super().__call__(*args) if self._forward_hooks or self._forward_pre_hooks else self.forward(*args)
+
+    def __setattr__(self, name: str, value) -> None:
+        super().__setattr__(name, value)
+        if isinstance(value, nn.Module | nn.Parameter):
+            self.__dict__[name] = value
+
+    def _apply(self, *args, **kwargs):  # another dtype or device may need new parameters
+        super()._apply(*args, **kwargs)
+        self.__dict__.update(self._parameters)
+        return self
 
 
 class RMSNorm(Light):
@@ -61,12 +77,13 @@ class RMSNorm(Light):
     def __init__(self, size: int, eps: float):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
+        self._size, self._eps = (torch.tensor(n, dtype=torch.float64, device="cpu") for n in (size, eps))
 
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type != "cpu":
             return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)  # x / sqrt(mean(x^2) + eps) * weight
-        wide = x if x.element_size() > 2 else x.float()  # CPUs have no fused kernel of it
-        scale = (wide * wide).mean(-1, keepdim=True).add_(self.eps).rsqrt_()
+        wide = x if x.element_size() > 2 else x.float()  # CPUs have no fused kernel of it, and tensors are quicker to
+        scale = (wide * wide).sum(-1, keepdim=True).div_(self._size).add_(self._eps).rsqrt_()  # add than numbers
         return (wide * scale).to(x.dtype) * self.weight
 
     def after(self, x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
@@ -146,17 +163,60 @@ def _scale_frequencies(inv: Tensor, scaling: dict | None) -> Tensor:
     return (1 - blend) * inv / factor + blend * inv
 
 
-class Linear(Light, nn.Linear):
-    """A linear layer that turns a single row in bf16 into a matrix-vector product, which CPUs do much faster."""
+class Linear(Light):
+    """x W^T + b. One row at a time it is bound by reading W, and laid out to be read as quickly as a CPU can."""
+
+    def __init__(self, n_in: int, n_out: int, bias: bool = False):
+        super().__init__()
+        self.n_in, self.columns = n_in, False
+        self.weight = nn.Parameter(torch.empty(n_out, n_in))
+        self.bias = nn.Parameter(torch.empty(n_out)) if bias else None
+        for p in self.parameters():
+            nn.init.uniform_(p, -(n_in**-0.5), n_in**-0.5)
+
+    def arrange(self, device: torch.device) -> None:
+        """Lay a matrix with short rows out by columns, one input's weights behind the other's, if it is for a CPU.
+
+        A product with a short row is over before the processor has begun to read ahead. Nothing else changes.
+        """
+        narrow, w = self.weight.element_size() == 2, self.weight
+        self.columns = AVX and device.type == "cpu" and self.n_in < SHORT and (narrow or len(w) > self.n_in)
+        if self.columns:
+            w.data = w.data.t().contiguous().t()
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.numel() == x.shape[-1] and x.dtype == torch.bfloat16 and x.device.type == "cpu" and not x.requires_grad:
-            y = torch.mv(self.weight, x.view(-1))
-            return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], -1)
-        return F.linear(x, self.weight, self.bias)
+        rows = x.numel() // self.n_in
+        if rows > 3 or not x.is_cpu:
+            return F.linear(x, self.weight, self.bias)
+        if rows == 1:
+            few = self.columns and x.element_size() == 2 and not x.requires_grad
+            y = self._bag(x.reshape(-1)) if few else torch.mv(self.weight, x.reshape(-1))
+        elif self.columns:  # still quicker row by row
+            y = torch.bmm(x.reshape(rows, 1, -1), self.weight.t().expand(rows, -1, -1))
+        else:
+            return F.linear(x, self.weight, self.bias)
+        y = y.view(*x.shape[:-1], -1)
+        return y if self.bias is None else y + self.bias
+
+    def _bag(self, x: Tensor) -> Tensor:
+        """Sum the columns weighted by x (n_in,), in 16 bits, as embeddings are summed: a bag of them for each thread.
+
+        Each bag is summed in fp32. No other operation of PyTorch reads 16-bit weights as quickly.
+        """
+        index, start = _bags(self.n_in, torch.get_num_threads())
+        return torch._embedding_bag_forward_only(self.weight.t(), index, start, False, 0, False, x)[0].sum(0)
 
 
-class Attention(nn.Module):
+SHORT = 2048  # inputs
+AVX = "AVX" in torch.backends.cpu.get_cpu_capability()  # where this was measured
+
+
+@lru_cache(maxsize=16)
+def _bags(n: int, parts: int) -> tuple[Tensor, Tensor]:
+    return torch.arange(n), torch.arange(parts) * n // parts
+
+
+class Attention(Light):
     """Grouped-query attention whose past lives in the cache."""
 
     def __init__(self, c: Config, rope: RoPE):
@@ -186,18 +246,18 @@ class SwiGLU(Light):
 
     def __init__(self, c: Config):
         super().__init__()
-        self.gate_up = Linear(c.hidden, 2 * c.ffn, bias=False)
-        self.down = Linear(c.ffn, c.hidden, bias=False)
+        self.gate_up = Linear(c.hidden, 2 * c.ffn)
+        self.down = Linear(c.ffn, c.hidden)
 
     def forward(self, x: Tensor) -> Tensor:
         both = self.gate_up(x)
         if kernels.small(x):
             return self.down(kernels.launch("swiglu", both))
         gate, up = both.chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)
+        return self.down(F.silu(gate).mul_(up))
 
 
-class Block(nn.Module):
+class Block(Light):
     """Attention and feed-forward, each on the normalised residual stream."""
 
     def __init__(self, c: Config, rope: RoPE):
@@ -219,9 +279,16 @@ class Decoder(nn.Module):
         self.embed = nn.Embedding(config.vocab, config.hidden)
         self.layers = nn.ModuleList(Block(config, self.rope) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.hidden, config.eps)
-        self.head = Linear(config.hidden, config.vocab, bias=False)
+        self.head = Linear(config.hidden, config.vocab)
         if config.tied:
             self.head.weight = self.embed.weight
+
+    def arrange(self, device="cpu") -> Decoder:
+        """Lay out every matrix for products on `device`, see `Linear.arrange`; return the model."""
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.arrange(torch.device(device))
+        return self
 
     @torch.no_grad()
     def forward(self, ids: Tensor, cache, last: bool = False) -> Tensor:

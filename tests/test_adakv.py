@@ -17,8 +17,8 @@ def uneven(**config):
     m = tiny.model(**config)
     c = m.config
     for block in m.layers:
-        q = block.attn.qkv.weight.data[: c.n_heads * c.head_dim].view(c.n_kv_heads, -1)
-        q *= torch.linspace(0.3, 1.5, c.n_kv_heads)[:, None]
+        q = block.attn.qkv.weight.data[: c.n_heads * c.head_dim].unflatten(0, (c.n_kv_heads, -1))
+        q *= torch.linspace(0.3, 1.5, c.n_kv_heads)[:, None, None]
     return m
 
 

@@ -37,7 +37,7 @@ def write_model(folder, template=CHAT, eos=None):
     config |= {"num_hidden_layers": c.n_layers, "vocab_size": c.vocab, "max_position_embeddings": c.context}
     config |= {"rms_norm_eps": c.eps, "rope_theta": c.rope_theta, "eos_token_id": eos}
     (folder / "config.json").write_text(json.dumps(config))
-    save_file({name: t.clone() for name, t in model.slots().items()}, folder / "model.safetensors")
+    save_file({name: t.contiguous() for name, t in model.slots().items()}, folder / "model.safetensors")
     bytewise = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     symbols = dict.fromkeys(bytewise.pre_tokenize_str(string.printable[:95] + "\n\tüß€")[0][0])
     raw = tokenizers.Tokenizer(tokenizers.models.BPE({s: i for i, s in enumerate(symbols)}, []))

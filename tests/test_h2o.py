@@ -169,7 +169,7 @@ def test_mass_is_neither_lost_nor_made():
 def test_equal_queries_in_a_group_make_the_reduction_irrelevant():
     m = tiny.model(G=3)
     for block in m.layers:
-        q = block.attn.qkv.weight.data[: 6 * 32].view(2, 3, 32, -1)
+        q = block.attn.qkv.weight.data[: 6 * 32].unflatten(0, (2, 3, 32))
         q[:] = q[:, :1].clone()
     found = []
     for reduce in ("mean", "max", "sum"):

@@ -1,5 +1,7 @@
 """The decoder against transformers: logits of every architecture, and greedy text of the default model."""
 
+import copy
+
 import pytest
 import tiny
 import torch
@@ -7,7 +9,7 @@ import transformers
 
 import weights
 from nanokv import KVCache, generate
-from nanokv.model import RMSNorm
+from nanokv.model import Linear, RMSNorm
 
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 64}  # fmt: skip
@@ -102,6 +104,50 @@ def test_one_huge_channel_takes_no_digits_from_the_others(dtype, digits):
     exact = x.double() / (x.double().pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * norm.weight.double()
     error = (norm(x).double() - exact).abs()
     assert (error <= digits * exact.abs()).all()  # a handful of roundings, each by half of 2^-23 or 2^-8
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("n_in, n_out", [(96, 301), (96, 96), (301, 96), (2048, 40)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_products_are_the_same_however_the_matrix_lies(n_in, n_out, bias, dtype):
+    torch.manual_seed(0)
+    layer = Linear(n_in, n_out, bias).to(dtype).requires_grad_(False)
+    w, b = (p.clone() for p in (layer.weight, layer.bias if bias else torch.zeros(n_out, dtype=dtype)))
+    layer.arrange(torch.device("cpu"))
+    narrow = dtype.itemsize == 2
+    assert layer.columns == (n_in < 2048 and (narrow or n_out > n_in)) == (not layer.weight.is_contiguous())
+    assert torch.equal(layer.weight, w)
+    threads = torch.get_num_threads()
+    try:
+        for rows, n in [(1, 1), (1, 2), (1, 3), (2, 2), (3, 2), (4, 2), (50, 2)]:
+            torch.set_num_threads(n)
+            x = torch.randn(1, rows, n_in).to(dtype)
+            y, exact = layer(x), x.double() @ w.double().T + b.double()
+            assert y.shape == exact.shape and y.dtype == dtype
+            # one rounding of the sum and one of adding the bias; in 16 bits one more of each part and of their sum.
+            # Sums are taken in at least fp32, whose error grows with the terms but is far below 2^-8 and 2^-11.
+            ulp = torch.finfo(dtype).eps / 2
+            size = (x.double().abs() @ w.double().abs().T + b.double().abs()) * (
+                n_in * 2**-24 if narrow else n_in * ulp
+            )
+            parts = sum((p @ q.T).abs() for p, q in zip(*(t.double().tensor_split(n, -1) for t in (x, w)), strict=True))
+            assert (
+                (y.double() - exact).abs() <= size + (ulp * (parts + 3 * exact.abs() + b.abs()) if narrow else 0)
+            ).all()
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_parts_of_a_module_are_the_ones_it_registered():
+    layer = Linear(8, 24, bias=True)
+    for changed in (layer.to(torch.bfloat16), layer.to("meta"), layer.to_empty(device="cpu"), copy.deepcopy(layer)):
+        assert changed.weight is changed._parameters["weight"] and changed.bias is changed._parameters["bias"]
+    block = tiny.model().layers[0]
+    block.attn.o = layer
+    assert block.attn.o is layer is block.attn._modules["o"]
+    other = torch.nn.Parameter(torch.zeros(24, 8))
+    layer.load_state_dict({"weight": other, "bias": torch.ones(24)}, assign=True)
+    assert torch.equal(layer(torch.ones(1, 1, 8)), torch.ones(1, 1, 24))
 
 
 def test_only_the_last_logits_on_request():

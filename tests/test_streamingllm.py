@@ -160,7 +160,9 @@ def test_rows_of_unequal_length_are_renumbered_each_for_itself():
     out = attend(q, pos)
     for h, n in ((0, 31), (1, 61)):
         one = reference(q[:, 3 * h : 3 * h + 3], k[:, h : h + 1, :n], v[:, h : h + 1, :n], Mask(1, n))
-        assert tiny.rms(out[:, 3 * h : 3 * h + 3], one) < 1e-6
+        assert (
+            tiny.rms(out[:, 3 * h : 3 * h + 3], one) < 5e-6
+        )  # logits up to 10, each with an error of some 2^-24 of that
 
 
 def test_a_cache_longer_than_the_context_is_refused():

@@ -5,18 +5,20 @@ import torch
 from nanokv.model import Config, Decoder
 
 
-def model(G=3, n_kv_heads=2, head_dim=32, n_layers=2, context=512, seed=0, dtype=torch.float32, **config) -> Decoder:
+def model(
+    G=3, n_kv_heads=2, head_dim=32, n_layers=2, context=512, seed=0, dtype=torch.float32, vocab=101, **config
+) -> Decoder:
     """Return a random decoder whose attention is neither flat nor one-hot."""
     torch.manual_seed(seed)
     heads = G * n_kv_heads
-    c = Config(n_layers, heads, n_kv_heads, head_dim, 64, 96, 101, context, **({"tied": False} | config))
+    c = Config(n_layers, heads, n_kv_heads, head_dim, 64, 96, vocab, context, **({"tied": False} | config))
     m = Decoder(c).eval().requires_grad_(False)
     for block in m.layers:
         q, k, _ = block.attn.qkv.weight.split(block.attn.widths)
         for w in (q, k):
             w.mul_(6.0)  # logits with a standard deviation of about 2
     m.head.weight.mul_(6.0)
-    return m.to(dtype)
+    return m.to(dtype).arrange()
 
 
 def ids(n, seed=1, vocab=101, batch=1) -> torch.Tensor:

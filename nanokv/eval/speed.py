@@ -70,9 +70,9 @@ class Peer:
         )  # fmt: skip
         with torch.device("meta"):
             self.model = getattr(self.hf, kind + "ForCausalLM")(config)
-        state = dict(model.slots())
+        state = {name: t.contiguous() for name, t in model.slots().items()}  # as transformers itself would load them
         state.setdefault("lm_head.weight", state["model.embed_tokens.weight"])
-        self.model.load_state_dict(state, assign=True, strict=True)  # the same memory, not a copy
+        self.model.load_state_dict(state, assign=True, strict=True)
         rotary = type(self.model.model.rotary_emb)(config).to(self.device)  # its frequencies are no parameters
         self.model.model.rotary_emb = rotary
         self.model.eval()
