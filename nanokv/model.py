@@ -145,7 +145,7 @@ class RoPE:
         if 1 < cos.shape[1] < x.shape[1]:  # the query heads of a group share their KV head's positions
             cos, sin = (t.repeat_interleave(x.shape[1] // t.shape[1], 1) for t in (cos, sin))
         # (a, b) -> (a cos - b sin, b cos + a sin) for the halves a and b of x, which rolling by D/2 exchanges
-        return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+        return (x * cos).addcmul_(x.roll(x.shape[-1] // 2, -1), sin)
 
 
 def _scale_frequencies(inv: Tensor, scaling: dict | None) -> Tensor:

@@ -76,10 +76,11 @@ def _masks(bits: int, device) -> Tensor:
     return torch.tensor(masks, dtype=torch.uint8, device=device)[:, None, None]
 
 
-@lru_cache
-def unshift(bits: int, group: int, device) -> Tensor:
-    """Return the factors fp32 (group,) by which `planes` of `group` rows of codes are too large, inverted."""
-    return torch.arange(8 // bits, device=device).mul_(-bits).exp2().repeat_interleave(group * bits // 8)
+@lru_cache(maxsize=8)
+def unshift(bits: int, group: int, device, n_groups: int = 1) -> Tensor:
+    """Return the factors fp32 (n_groups * group,) by which `planes` of groups of codes are too large, inverted."""
+    one = torch.arange(8 // bits, device=device).mul_(-bits).exp2().repeat_interleave(group * bits // 8)
+    return one.repeat(n_groups)
 
 
 class PerChannel:
@@ -205,7 +206,7 @@ class PerToken:
         (R, n, t), S = p.shape, low.shape[-1]
         codes = planes(self.codes["code"], self.bits).flatten(1, 2)[:, :t]  # (R, t, D)
         scale = self.stats["scale"].mT.to(torch.float32, memory_format=torch.contiguous_format)  # (R, D/g, t)
-        scale *= unshift(self.bits, self.group, p.device).repeat(n_groups)[:t]
+        scale *= unshift(self.bits, self.group, p.device, n_groups)[:t]
         weighted = p[:, None] * scale[:, :, None]  # (R, D/g, n, t)
         o = (weighted.flatten(1, 2) @ codes).view(R, S, n, S, self.group)  # every scale with every group of channels,
         o = o.diagonal(dim1=1, dim2=3).transpose(2, 3)  # of which its own is wanted: (R, n, D/g, g)
