@@ -57,7 +57,7 @@ def forget_masks() -> None:
 def probs(q: Tensor, k: Tensor, mask: Mask) -> Tensor:
     """Return the attention probabilities of rotated q (B, H, T, D) over k (B, Hkv, N, D): fp32 (B, H, T, N)."""
     (B, H, T, D), Hkv = q.shape, k.shape[1]
-    s = torch.bmm((q.float() / _root(D)).reshape(B * Hkv, -1, D), k.float().flatten(0, 1).mT)  # (R, G*T, N)
+    s = torch.bmm((q.float() / math.sqrt(D)).reshape(B * Hkv, -1, D), k.float().flatten(0, 1).mT)  # (R, G*T, N)
     s = s.view(B, Hkv, H // Hkv, T, -1)
     add = mask.additive()
     if add is not None:
@@ -66,11 +66,6 @@ def probs(q: Tensor, k: Tensor, mask: Mask) -> Tensor:
     if mask.see is not None:  # a query that sees nothing (padding) attends to nothing
         p = p.nan_to_num_(0.0)
     return p.view(B, H, T, -1)
-
-
-@lru_cache(maxsize=8)
-def _root(n: int) -> Tensor:
-    return torch.tensor(math.sqrt(n))  # an operation begins sooner with a tensor than with a number
 
 
 def mix(p: Tensor, v: Tensor) -> Tensor:

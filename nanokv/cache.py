@@ -35,7 +35,7 @@ HIDDEN = 2**31 - 1  # the token number of a forgotten entry: later than any quer
 @lru_cache(maxsize=256)
 def number(value: float, dtype) -> Tensor:
     """Return a tensor of no dimensions, with which an operation begins some microseconds sooner than with a number."""
-    return torch.tensor(value, dtype=dtype)
+    return torch.tensor(value, dtype=dtype, device="cpu")
 
 
 def spare(n: int, least: int = 16) -> int:

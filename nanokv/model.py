@@ -54,21 +54,23 @@ class Config:
 class Light(nn.Module):
     """A module whose call costs no more than its work for one token.
 
-    Hooks are looked for, and nothing else is; parts are plain attributes too, found without nn.Module's search.
+    Hooks of its own are looked for, and nothing else is; the modules in it are found without nn.Module's search.
     """
 
-    def __call__(self, *args):
-        return super().__call__(*args) if self._forward_hooks or self._forward_pre_hooks else self.forward(*args)
+    def __call__(self, *args, **kwargs):
+        heard = self._forward_hooks or self._forward_pre_hooks
+        return super().__call__(*args, **kwargs) if heard else self.forward(*args, **kwargs)
 
     def __setattr__(self, name: str, value) -> None:
+        self.__dict__.pop(name, None)
         super().__setattr__(name, value)
-        if isinstance(value, nn.Module | nn.Parameter):
+        if isinstance(value, nn.Module):
             self.__dict__[name] = value
 
-    def _apply(self, *args, **kwargs):  # another dtype or device may need new parameters
-        super()._apply(*args, **kwargs)
-        self.__dict__.update(self._parameters)
-        return self
+    def __delattr__(self, name: str) -> None:
+        if name in self._modules:
+            self.__dict__.pop(name, None)
+        super().__delattr__(name)
 
 
 class RMSNorm(Light):
@@ -164,56 +166,58 @@ def _scale_frequencies(inv: Tensor, scaling: dict | None) -> Tensor:
 
 
 class Linear(Light):
-    """x W^T + b. One row at a time it is bound by reading W, and laid out to be read as quickly as a CPU can."""
+    """x W^T + b. A product with one row is bound by reading W, which is laid out so that a CPU reads it quickly."""
 
     def __init__(self, n_in: int, n_out: int, bias: bool = False):
         super().__init__()
-        self.n_in, self.columns = n_in, False
+        self.columns = False  # of W lie one behind the other, not its rows
         self.weight = nn.Parameter(torch.empty(n_out, n_in))
         self.bias = nn.Parameter(torch.empty(n_out)) if bias else None
         for p in self.parameters():
             nn.init.uniform_(p, -(n_in**-0.5), n_in**-0.5)
 
     def arrange(self, device: torch.device) -> None:
-        """Lay a matrix with short rows out by columns, one input's weights behind the other's, if it is for a CPU.
+        """Lay W out by columns if it is for a CPU and its rows are short; shape and values stay.
 
-        A product with a short row is over before the processor has begun to read ahead. Nothing else changes.
+        A product with a short row is over before the processor has begun to read ahead.
         """
-        narrow, w = self.weight.element_size() == 2, self.weight
-        self.columns = AVX and device.type == "cpu" and self.n_in < SHORT and (narrow or len(w) > self.n_in)
+        w, (n_out, n_in) = self.weight, self.weight.shape
+        fits = w.dtype == torch.bfloat16 or (w.element_size() > 2 and n_out > n_in)
+        self.columns = AVX and device.type == "cpu" and n_in < SHORT and fits
         if self.columns:
             w.data = w.data.t().contiguous().t()
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = x.numel() // self.n_in
-        if rows > 3 or not x.is_cpu:
-            return F.linear(x, self.weight, self.bias)
+        weight, rows, narrow = self.weight, x.numel() // x.shape[-1], x.element_size() == 2
+        if not x.is_cpu or rows > 3 or not rows or torch.is_grad_enabled():
+            return F.linear(x, weight, self.bias)
         if rows == 1:
-            few = self.columns and x.element_size() == 2 and not x.requires_grad
-            y = self._bag(x.reshape(-1)) if few else torch.mv(self.weight, x.reshape(-1))
-        elif self.columns:  # still quicker row by row
-            y = torch.bmm(x.reshape(rows, 1, -1), self.weight.t().expand(rows, -1, -1))
+            y = _sum_columns(weight, x.reshape(-1)) if self.columns and narrow else torch.mv(weight, x.reshape(-1))
+        elif self.columns and not narrow:  # still quicker row by row
+            y = torch.bmm(x.reshape(rows, 1, -1), weight.t().expand(rows, -1, -1))
         else:
-            return F.linear(x, self.weight, self.bias)
+            return F.linear(x, weight, self.bias)
         y = y.view(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias
-
-    def _bag(self, x: Tensor) -> Tensor:
-        """Sum the columns weighted by x (n_in,), in 16 bits, as embeddings are summed: a bag of them for each thread.
-
-        Each bag is summed in fp32. No other operation of PyTorch reads 16-bit weights as quickly.
-        """
-        index, start = _bags(self.n_in, torch.get_num_threads())
-        return torch._embedding_bag_forward_only(self.weight.t(), index, start, False, 0, False, x)[0].sum(0)
 
 
 SHORT = 2048  # inputs
 AVX = "AVX" in torch.backends.cpu.get_cpu_capability()  # where this was measured
 
 
+def _sum_columns(weight: Tensor, x: Tensor) -> Tensor:
+    """Return weight (n_out, n_in), which lies by columns, times x (n_in,) in bf16: (n_out,).
+
+    The quickest sum of columns in PyTorch is that of embeddings: weighted, in fp32, a bag of them for each thread. What
+    the threads found is rounded to bf16 before it is added up, as PyTorch does by default in long sums on GPUs.
+    """
+    index, start = _bags(weight.shape[1], torch.get_num_threads())
+    return torch._embedding_bag_forward_only(weight.t(), index, start, False, 0, False, x)[0].sum(0)
+
+
 @lru_cache(maxsize=16)
 def _bags(n: int, parts: int) -> tuple[Tensor, Tensor]:
-    return torch.arange(n), torch.arange(parts) * n // parts
+    return torch.arange(n, device="cpu"), torch.arange(parts, device="cpu") * n // parts
 
 
 class Attention(Light):
