@@ -255,7 +255,9 @@ def test_a_batch_of_another_size_is_refused():
 
 @pytest.mark.parametrize("G, Hkv", [(1, 2), (3, 1), (4, 2), (8, 1)])
 @pytest.mark.parametrize("T, N", [(1, 1), (1, 63), (2, 500), (17, 17), (40, 1023), (15, 15)])
-def test_attend_equals_the_reference(G, Hkv, T, N):
+@pytest.mark.parametrize("grouped", [True, False])  # False: a PyTorch that copies for groups
+def test_attend_equals_the_reference(G, Hkv, T, N, grouped, monkeypatch):
+    monkeypatch.setattr(attention, "GROUPED", grouped and attention.GROUPED)
     torch.manual_seed(0)
     q, k, v = torch.randn(2, G * Hkv, T, 40), torch.randn(2, Hkv, N, 40), torch.randn(2, Hkv, N, 40)
     see = torch.rand(2, Hkv, T, N) < 0.6
@@ -267,6 +269,8 @@ def test_attend_equals_the_reference(G, Hkv, T, N):
         assert tiny.rms(attend(q, k, v, mask), want) < 1e-6
         rows = [(k[b, h], v[b, h]) for b in (0, 1) for h in range(Hkv)]
         assert tiny.rms(ragged(q, rows, mask), want) < 1e-6
+        small = [t.bfloat16() for t in (q, k, v)]  # probabilities, results and biases are rounded by up to 2^-9 each
+        assert tiny.rms(attend(*small, mask), reference(*small, mask)) < 2**-7
         p = probs(q, k, mask)
         assert torch.allclose(p.sum(-1), torch.ones(2, G * Hkv, T))
         naive = p @ v.repeat_interleave(G, 1)
