@@ -36,8 +36,9 @@ try:
     from nanokv import engine, kernels
     from nanokv.cache import KVCache
     from nanokv.chat import Beside, Conversation
-    from nanokv.methods import available, find, terms
-    from nanokv.methods import parse as construct
+    from nanokv.methods import available, find
+    from nanokv.specs import parse as construct
+    from nanokv.specs import terms
 except KeyboardInterrupt:  # importing torch takes a second or two
     sys.exit(130)
 

@@ -802,7 +802,7 @@ class KVCache:
     """
 
     def __init__(self, model, spec="full"):
-        from nanokv.methods import parse  # which imports this module
+        from nanokv.specs import parse  # which imports this module
 
         self.model, self.config, self.rope = model, model.config, model.rope
         self.storage, self.policies, self.plan = parse(spec)

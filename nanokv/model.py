@@ -79,13 +79,14 @@ class RMSNorm(Light):
     def __init__(self, size: int, eps: float):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
+        # as tensors, since operations on a CPU begin sooner with them than with numbers
         self._size, self._eps = (torch.tensor(n, dtype=torch.float64, device="cpu") for n in (size, eps))
 
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type != "cpu":
             return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)  # x / sqrt(mean(x^2) + eps) * weight
-        wide = x if x.element_size() > 2 else x.float()  # CPUs have no fused kernel of it, and tensors are quicker to
-        scale = (wide * wide).sum(-1, keepdim=True).div_(self._size).add_(self._eps).rsqrt_()  # add than numbers
+        wide = x if x.element_size() > 2 else x.float()  # CPUs have no fused kernel of it
+        scale = (wide * wide).sum(-1, keepdim=True).div_(self._size).add_(self._eps).rsqrt_()
         return (wide * scale).to(x.dtype) * self.weight
 
     def after(self, x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
@@ -188,12 +189,13 @@ class Linear(Light):
             w.data = w.data.t().contiguous().t()
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, rows, narrow = self.weight, x.numel() // x.shape[-1], x.element_size() == 2
+        weight, rows = self.weight, x.numel() // x.shape[-1]
         if not x.is_cpu or rows > 3 or not rows or torch.is_grad_enabled():
             return F.linear(x, weight, self.bias)
         if rows == 1:
-            y = _sum_columns(weight, x.reshape(-1)) if self.columns and narrow else torch.mv(weight, x.reshape(-1))
-        elif self.columns and not narrow:  # still quicker row by row
+            product = _sum_columns if self.columns and x.dtype == torch.bfloat16 else torch.mv
+            y = product(weight, x.reshape(-1))
+        elif self.columns and x.element_size() > 2:  # still quicker row by row
             y = torch.bmm(x.reshape(rows, 1, -1), weight.t().expand(rows, -1, -1))
         else:
             return F.linear(x, weight, self.bias)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import nanokv
-from nanokv import KVCache, attention, methods
+from nanokv import KVCache, attention, methods, specs
 from nanokv.attention import Mask, attend, probs, ragged, reference
 from nanokv.cache import HIDDEN, Policy, Rows, Storage, spare, top
 from nanokv.methods.full import Full
@@ -726,7 +726,7 @@ def test_queries_observed_after_another_policys_cut_see_what_their_positions_all
                 seen.append(tiny.rms(cache.probs(q, pos), probs(q, k, Mask(q.shape[2], k.shape[2], see=see))))
 
     m = tiny.model()
-    tiny.feed(m, KVCache(m, [*methods.parse(first)[1], Look()]), tiny.ids(200), chunk=50)
+    tiny.feed(m, KVCache(m, [*specs.parse(first)[1], Look()]), tiny.ids(200), chunk=50)
     assert len(seen) == 2 and max(seen) < 1e-6
 
 

@@ -136,10 +136,12 @@ def test_products_are_the_same_however_the_matrix_lies(n_in, n_out, bias, dtype)
         torch.set_num_threads(threads)
 
 
-def test_fp16_products_do_not_overflow_between_threads():
-    layer = Linear(64, 200).half().requires_grad_(False)
+@pytest.mark.parametrize("loaded", [torch.float16, torch.bfloat16, torch.float32])
+def test_fp16_products_do_not_overflow_between_threads(loaded):
+    layer = Linear(64, 200).to(loaded).requires_grad_(False)
     layer.weight[:, :32], layer.weight[:, 32:] = 100, -100
     layer.arrange(torch.device("cpu"))
+    layer.half()
     with torch.no_grad():  # each half alone is 160,000, beyond what fp16 holds
         assert not layer(torch.full((1, 1, 64), 50.0).half()).any()
 

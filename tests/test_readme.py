@@ -7,7 +7,7 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-from nanokv.methods import table
+from nanokv.__main__ import table
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -15,7 +15,7 @@ README = (ROOT / "README.md").read_text()
 
 def test_the_table_of_methods_is_made_from_their_headers():
     inside = re.search(r"<!-- methods: .*? -->\n(.*?)<!-- end of methods -->", README, re.S)[1]
-    assert inside.strip() == table(), "run: python -m nanokv.methods"
+    assert inside.strip() == table(), "run: python -m nanokv"
 
 
 def test_paths_in_the_readme_exist():

@@ -4,7 +4,8 @@ import pytest
 import tiny
 
 from nanokv import KVCache
-from nanokv.methods import find, terms
+from nanokv.methods import find
+from nanokv.specs import terms
 
 HEADER = '"""Do nothing.\n\nPaper: -\nAxis: none\nIdea: -\nStores: -\nBytes: -\nActs: never\nDiffers: -\n"""\n'
 BODY = "from nanokv.cache import Policy\n\n\nclass Mine(Policy):\n    def __init__(self, budget: int = 5):\n"

@@ -4,7 +4,6 @@ A method file has a header (Paper, Axis, Idea, Stores, Bytes, Acts, Differs) and
 or Plan. The parameters of its constructor are its hyper-parameters, on the command line too. Nothing else registers it.
 """
 
-import ast
 import importlib
 import importlib.util
 import inspect
@@ -17,8 +16,6 @@ from functools import cache
 from pathlib import Path
 
 from nanokv.cache import Method, Plan, Policy, Storage
-
-AXES = ("token", "head", "layer", "channel", "bits", "none")
 
 
 @dataclass(frozen=True)
@@ -112,57 +109,6 @@ def find(name: str) -> Info:
     if name not in _names():
         raise ValueError(f"unknown method {name!r}; there are: {', '.join(sorted(_names()))}")
     return _info(name)
-
-
-def parse(spec) -> tuple[Storage, list[Policy], Plan | None]:
-    """Turn "snapkv(budget=512)+kivi(bits=2)", or a list of methods, into a storage, policies and a plan or None.
-
-    Raises ValueError for what cannot be read, and for two storages or two plans.
-    """
-    made = []
-    for part in [spec] if isinstance(spec, (str, Method)) else list(spec or [None]):
-        if not isinstance(part, (str, Method)):
-            raise ValueError(f"a cache is made of methods or their names, not of {part!r}")
-        made += _terms(part) if isinstance(part, str) else [part]
-    kinds = {kind: [m for m in made if isinstance(m, kind)] for kind in (Storage, Policy, Plan)}
-    kinds[Policy] = [m for m in kinds[Policy] if not isinstance(m, Plan)]
-    for kind in (Storage, Plan):
-        if len(kinds[kind]) > 1:
-            names = " and ".join(m.name for m in kinds[kind])
-            raise ValueError(f"{names} are both {kind.__name__.lower()}s; a cache has at most one")
-    storage = kinds[Storage][0] if kinds[Storage] else find("full")()
-    return storage, kinds[Policy], kinds[Plan][0] if kinds[Plan] else None
-
-
-def terms(spec: str) -> list[tuple[str, dict]]:
-    """Split a spec into (method name or path, parameters) pairs."""
-    out = []
-    for term in re.split(r"\+(?![^(]*\))", spec):
-        match = re.fullmatch(r"\s*([^()+\s]+)\s*(?:\((.*)\))?\s*", term, re.S)
-        try:
-            call = ast.parse(f"f({match[2] or ''})", mode="eval").body
-            names = [k.arg for k in call.keywords]
-            if call.args or None in names or len(set(names)) < len(names):
-                raise ValueError
-            out.append((match[1], {k.arg: ast.literal_eval(k.value) for k in call.keywords}))
-        except (SyntaxError, ValueError, TypeError, AttributeError, RecursionError, MemoryError):
-            example = "streamingllm(budget=512)+kivi(bits=2)"
-            raise ValueError(f"cannot read {spec!r}; write for example {example}") from None
-    return out
-
-
-def _terms(spec: str) -> list[Method]:
-    return [find(name)(**parameters) for name, parameters in terms(spec)]
-
-
-def table() -> str:
-    """Return a Markdown table of the methods, made from the headers of their files."""
-    lines = ["| method | kind | shrinks | in one sentence | parameters |", "|---|---|---|---|---|"]
-    for i in sorted(available(), key=lambda i: (AXES.index(i.axis.split(", ")[0]), i.name)):
-        params = ", ".join(f"{k}={v!r}" for k, v in i.parameters.items())
-        name = f"[{i.name}](nanokv/methods/{i.name}.py)"
-        lines.append(f"| {name} | {i.kind} | {i.axis} | {i.header.splitlines()[0]} | {params} |")
-    return "\n".join(lines)
 
 
 class _Methods(types.ModuleType):

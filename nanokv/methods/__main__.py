@@ -1,5 +1,0 @@
-"""Print the README's table of methods: python -m nanokv.methods"""
-
-from nanokv.methods import table
-
-print(table())
