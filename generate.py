@@ -136,7 +136,12 @@ def build_parser(own=()) -> Parser:
     add = group.add_argument
     add("--system", metavar="TEXT", help="system message")
     add("--raw", action="store_true", help="continue the prompt as it is, without the chat template")
-    add("--chunk", type=SIZE, metavar="N", help=f"prompt tokens per pass (default: {engine.CHUNK})")
+    add(
+        "--chunk",
+        type=SIZE,
+        metavar="N",
+        help=f"prompt tokens per pass (default: {engine.CHUNK}, twice that in 16 bits)",
+    )
     add = p.add_argument_group("text").add_argument
     add("--max-new-tokens", type=COUNT, default=200, metavar="N", help="(default: %(default)s)")
     add("--temperature", type=HEAT, default=0.0, metavar="X", help="0 is greedy (the default)")

@@ -32,12 +32,6 @@ from nanokv import attention, kernels, snapshot
 HIDDEN = 2**31 - 1  # the token number of a forgotten entry: later than any query, so that no query sees it
 
 
-@lru_cache(maxsize=256)
-def number(value: float, dtype) -> Tensor:
-    """Return a tensor of no dimensions, with which an operation begins some microseconds sooner than with a number."""
-    return torch.tensor(value, dtype=dtype, device="cpu")
-
-
 def spare(n: int, least: int = 16) -> int:
     """Return how many slots beyond n are allocated (or left unreclaimed) to make growing and forgetting cheap."""
     return max(least, n // 16)
@@ -101,7 +95,7 @@ class Rows:
         if seen is not field:
             wide = field.view(len(self.n), self.cap[0], *field.shape[1:])
             self._wide[name] = field, wide
-        return wide.narrow(1, at, T)
+        return wide[:, at : at + T]
 
     def __setitem__(self, name: str, value: Tensor) -> None:
         """Overwrite a field from (R, N, ...); what stands beyond a row's length is ignored."""
@@ -515,7 +509,7 @@ class LayerCache:
     @property
     def live(self) -> Tensor:
         """Return which slots hold a live entry, bool (B, Hkv, N); sizes of 1 broadcast."""
-        return self.token != number(HIDDEN, torch.int32)
+        return self.token != kernels.on_device(HIDDEN, torch.int32, self.device)
 
     @property
     def rank(self) -> Tensor:
@@ -700,7 +694,9 @@ class LayerCache:
         if not self._apart(first, last):
             return lowest(score, ~self.between(first, last))
         end = self.size - last
-        hidden = self.token[..., first:end] == number(HIDDEN, torch.int32) if self._hidden else None
+        hidden = (
+            self.token[..., first:end] == kernels.on_device(HIDDEN, torch.int32, self.device) if self._hidden else None
+        )
         return lowest(score[..., first:end], hidden, first)
 
     def _apart(self, first: int, last: int) -> bool:
@@ -1028,7 +1024,7 @@ def lowest(score: Tensor, never: Tensor | None = None, start: int = 0) -> Tensor
     low, high = torch.finfo(score.dtype).min, torch.finfo(score.dtype).max
     score = score.nan_to_num(low, high, low)
     score = score if never is None else score.masked_fill_(never, torch.inf)
-    return number(start + score.shape[-1] - 1, torch.int64) - score.flip(-1).argmin(-1, keepdim=True)
+    return start + score.shape[-1] - 1 - score.flip(-1).argmin(-1, keepdim=True)
 
 
 def some(mask: Tensor, n: int) -> Tensor:

@@ -7,18 +7,19 @@ from torch import Tensor
 
 from nanokv.cache import KVCache
 
-CHUNK = 2048  # prompt tokens per pass: bounds the memory of activations, large enough to keep the processor busy
+CHUNK = 2048  # prompt tokens per pass in fp32, twice as many in 16 bits: bounds activations, keeps a processor busy
 
 
 def prefill(
     model, cache: KVCache, ids: Tensor, chunk: int | None = None, progress: Callable | None = None, pads=None
 ) -> Tensor:
-    """Read a prompt ids (B, T) in parts of at most `chunk` tokens; return the last logits (B, vocab).
+    """Read a prompt ids (B, T) in parts of at most `chunk` tokens (None: see CHUNK); return the last logits (B, vocab).
 
     The cache treats the parts as one prompt. `progress` is called with the number of tokens read after each part.
     `pads` are the tokens of padding at the beginning of each sequence.
     """
-    step = min(c for c in (chunk or CHUNK, cache.chunk, ids.shape[1]) if c)
+    chunk = chunk or CHUNK * 4 // model.embed.weight.element_size()
+    step = min(c for c in (chunk, cache.chunk, ids.shape[1]) if c)
     with cache.prompt(ids.shape[1], pads):
         for part in ids.split(step, dim=1):
             logits = model(part, cache, last=True)

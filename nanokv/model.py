@@ -54,12 +54,16 @@ class Config:
 class Light(nn.Module):
     """A module whose call costs no more than its work for one token.
 
-    Hooks of its own are looked for, and nothing else is; the modules in it are found without nn.Module's search.
+    Hooks of its own are looked for, and nothing else is; what is in it is found without nn.Module's search.
     """
 
     def __call__(self, *args, **kwargs):
         heard = self._forward_hooks or self._forward_pre_hooks
         return super().__call__(*args, **kwargs) if heard else self.forward(*args, **kwargs)
+
+    def __getattr__(self, name: str):
+        parameters = self.__dict__.get("_parameters", {})
+        return parameters[name] if name in parameters else super().__getattr__(name)
 
     def __setattr__(self, name: str, value) -> None:
         self.__dict__.pop(name, None)
@@ -79,15 +83,15 @@ class RMSNorm(Light):
     def __init__(self, size: int, eps: float):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
-        # as tensors, since operations on a CPU begin sooner with them than with numbers
-        self._size, self._eps = (torch.tensor(n, dtype=torch.float64, device="cpu") for n in (size, eps))
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type != "cpu":
+        if not x.is_cpu:
             return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)  # x / sqrt(mean(x^2) + eps) * weight
         wide = x if x.element_size() > 2 else x.float()  # CPUs have no fused kernel of it
-        scale = (wide * wide).sum(-1, keepdim=True).div_(self._size).add_(self._eps).rsqrt_()
-        return (wide * scale).to(x.dtype) * self.weight
+        length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+        eps = kernels.on_device(self.eps, wide.dtype, x.device)
+        y = wide * torch.addcmul(eps, length, length, value=1 / x.shape[-1]).rsqrt_()
+        return (y if wide is x else y.to(x.dtype)) * self.weight
 
     def after(self, x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
         """Return x + delta (..., E) and that normalised."""
@@ -148,7 +152,7 @@ class RoPE:
         if 1 < cos.shape[1] < x.shape[1]:  # the query heads of a group share their KV head's positions
             cos, sin = (t.repeat_interleave(x.shape[1] // t.shape[1], 1) for t in (cos, sin))
         # (a, b) -> (a cos - b sin, b cos + a sin) for the halves a and b of x, which rolling by D/2 exchanges
-        return (x * cos).addcmul_(x.roll(x.shape[-1] // 2, -1), sin)
+        return x.roll(x.shape[-1] // 2, -1).mul_(sin).addcmul_(x, cos)
 
 
 def _scale_frequencies(inv: Tensor, scaling: dict | None) -> Tensor:
@@ -189,18 +193,18 @@ class Linear(Light):
             w.data = w.data.t().contiguous().t()
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, rows = self.weight, x.numel() // x.shape[-1]
-        if not x.is_cpu or rows > 3 or not rows or torch.is_grad_enabled():
-            return F.linear(x, weight, self.bias)
-        if rows == 1:
-            product = _sum_columns if self.columns and x.dtype == torch.bfloat16 else torch.mv
-            y = product(weight, x.reshape(-1))
-        elif self.columns and x.element_size() > 2:  # still quicker row by row
+        weight, bias, rows = self.weight, self.bias, x.numel() // x.shape[-1]
+        by_hand = rows == 1 if x.element_size() == 2 else self.columns and 1 < rows < 4
+        if not by_hand or not x.is_cpu or torch.is_grad_enabled():
+            return F.linear(x, weight, bias)
+        if rows > 1:  # still quicker row by row
             y = torch.bmm(x.reshape(rows, 1, -1), weight.t().expand(rows, -1, -1))
+        elif self.columns and x.dtype is torch.bfloat16:
+            y = _sum_columns(weight, x.view(-1))
         else:
-            return F.linear(x, weight, self.bias)
+            y = torch.mv(weight, x.view(-1))
         y = y.view(*x.shape[:-1], -1)
-        return y if self.bias is None else y + self.bias
+        return y if bias is None else y + bias
 
 
 SHORT = 2048  # inputs
