@@ -139,7 +139,7 @@ def _rows(q: Tensor, k: Tensor, v: Tensor, add: Tensor | None) -> Tensor:
 
 
 _with_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # also returns the log of the denominator
-SPLIT = 8192  # entries from which cutting a cache into parts pays for its dozen of small operations
+SPLIT = 6144  # entries from which cutting a cache into parts pays for its dozen of small operations
 
 
 def ragged(q: Tensor, rows: list, mask: Mask) -> Tensor:

@@ -1024,7 +1024,8 @@ def lowest(score: Tensor, never: Tensor | None = None, start: int = 0) -> Tensor
     low, high = torch.finfo(score.dtype).min, torch.finfo(score.dtype).max
     score = score.nan_to_num(low, high, low)
     score = score if never is None else score.masked_fill_(never, torch.inf)
-    return start + score.shape[-1] - 1 - score.flip(-1).argmin(-1, keepdim=True)
+    newest = kernels.on_device(start + score.shape[-1] - 1, torch.int64, score.device)
+    return newest - score.flip(-1).argmin(-1, keepdim=True)
 
 
 def some(mask: Tensor, n: int) -> Tensor:
