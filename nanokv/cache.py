@@ -20,6 +20,7 @@ from __future__ import annotations
 import copy
 import inspect
 import math
+import weakref
 from contextlib import contextmanager
 from functools import lru_cache
 
@@ -270,7 +271,7 @@ class Method:
 
 
 class Storage(Method):
-    """Represent entries. One object per layer; `self.cache` is its LayerCache, set before the first `store`."""
+    """Represent entries. One object per layer; `self.cache` is its LayerCache, known from the first `reset` on."""
 
     writable = False  # entries can be overwritten, which merging needs
     derived = ()  # attributes that `reset` makes from the model alone: shared by caches, not saved
@@ -278,9 +279,12 @@ class Storage(Method):
     def bind(self, cache: LayerCache) -> Storage:
         """Return a copy without entries that belongs to `cache`."""
         new = object.__new__(type(self))
-        vars(new).update(vars(self), cache=cache)
+        vars(new).update(vars(self), cache=_owner(cache))
         new.reset()
         return new
+
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in vars(self).items() if name != "cache"}
 
     def reset(self) -> None:
         """Create empty state; `self.cache.n_rows` is known."""
@@ -402,7 +406,7 @@ class LayerCache:
     """
 
     def __init__(self, parent: KVCache, layer: int, attn):
-        self.parent, self.layer, self.attn = parent, layer, attn
+        self.parent, self.layer, self.attn = _owner(parent), layer, attn
         self.config, self.rope, self.window = parent.config, parent.rope, parent.config.window(layer)
         self.policies, self.renumbers = parent.policies + ([parent.plan] if parent.plan else []), parent.renumbers
         self.B, self.n_rows, self.storage = 0, 0, None
@@ -478,6 +482,17 @@ class LayerCache:
             self._tail = None
 
     # What methods use
+
+    def belong(self, parent: KVCache) -> None:
+        """Become a layer of another cache."""
+        self.parent, parts = _owner(parent), [self.storage]
+        for part in parts:  # a storage may be made of others
+            if isinstance(part, Storage):
+                part.cache = _owner(self)
+                parts += vars(part).values()
+
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in vars(self).items() if name != "parent"}
 
     @property
     def phase(self) -> str:
@@ -939,6 +954,11 @@ class KVCache:
         shared += [t for layer in self.layers if layer.storage for t in layer.storage.constants()]
         return copy.deepcopy(self, {id(o): o for o in shared})
 
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state)
+        for layer in self.layers:  # a copy's layers know the copy
+            layer.belong(self)
+
     def save(self, path) -> None:
         """Write everything held to a safetensors file, whole or not at all. ValueError in the middle of a prompt."""
         if self._prompt_left or self._under_way:
@@ -990,6 +1010,11 @@ class KVCache:
         return out
 
 
+def _owner(cache):
+    """Return a cache as its parts know it: they do not keep it alive, so that dropping a KVCache frees all of it."""
+    return cache if isinstance(cache, weakref.ProxyType) else weakref.proxy(cache)
+
+
 def _tensors(obj) -> list[Tensor]:
     """Return every tensor reachable from a storage or Rows, without following the way back to the LayerCache."""
     if isinstance(obj, Tensor):
@@ -1024,7 +1049,7 @@ def lowest(score: Tensor, never: Tensor | None = None, start: int = 0) -> Tensor
     low, high = torch.finfo(score.dtype).min, torch.finfo(score.dtype).max
     score = score.nan_to_num(low, high, low)
     score = score if never is None else score.masked_fill_(never, torch.inf)
-    newest = kernels.on_device(start + score.shape[-1] - 1, torch.int64, score.device)
+    newest = kernels.on_device(start + score.shape[-1] - 1, torch.int64, "cpu")
     return newest - score.flip(-1).argmin(-1, keepdim=True)
 
 

@@ -83,14 +83,14 @@ class RMSNorm(Light):
     def __init__(self, size: int, eps: float):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
+        self._eps = torch.tensor(eps, dtype=torch.float32, device="cpu")  # with it an operation begins sooner
 
     def forward(self, x: Tensor) -> Tensor:
         if not x.is_cpu:
             return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)  # x / sqrt(mean(x^2) + eps) * weight
         wide = x if x.element_size() > 2 else x.float()  # CPUs have no fused kernel of it
         length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-        eps = kernels.on_device(self.eps, wide.dtype, x.device)
-        y = wide * torch.addcmul(eps, length, length, value=1 / x.shape[-1]).rsqrt_()
+        y = wide * torch.addcmul(self._eps, length, length, value=1 / x.shape[-1]).rsqrt_()
         return (y if wide is x else y.to(x.dtype)) * self.weight
 
     def after(self, x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
@@ -152,7 +152,7 @@ class RoPE:
         if 1 < cos.shape[1] < x.shape[1]:  # the query heads of a group share their KV head's positions
             cos, sin = (t.repeat_interleave(x.shape[1] // t.shape[1], 1) for t in (cos, sin))
         # (a, b) -> (a cos - b sin, b cos + a sin) for the halves a and b of x, which rolling by D/2 exchanges
-        return x.roll(x.shape[-1] // 2, -1).mul_(sin).addcmul_(x, cos)
+        return (x * cos).addcmul_(x.roll(x.shape[-1] // 2, -1), sin)
 
 
 def _scale_frequencies(inv: Tensor, scaling: dict | None) -> Tensor:

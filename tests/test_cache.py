@@ -750,3 +750,35 @@ def test_a_score_that_is_no_number_is_the_lowest(n):
     score = torch.tensor([[[1.0, torch.nan, 2.0, 3.0]]])
     assert top(score, n, torch.ones(1, 1, 4, dtype=torch.bool)).sum() == n
     assert not top(score, n, torch.ones(1, 1, 4, dtype=torch.bool))[0, 0, 1]
+
+
+class Nest(Full):
+    """A storage made of another one."""
+
+    def reset(self):
+        self.inner = Full().bind(self.cache)
+
+    @property
+    def kv(self):
+        return self.inner.kv
+
+
+def test_storages_inside_storages_are_cloned_with_their_cache():
+    m = tiny.model()
+    cache = KVCache(m, [Nest()])
+    tiny.feed(m, cache, tiny.ids(60), 30)
+    twin, want = cache.clone(), tiny.steps(m, cache, tiny.ids(5))
+    assert all(c.storage.inner.cache.slots is c.slots for c in twin.layers)
+    del cache
+    assert torch.equal(tiny.steps(m, twin, tiny.ids(5)), want)
+
+
+def test_parts_of_a_cache_that_is_gone_say_so():
+    m = tiny.model()
+    cache = KVCache(m)
+    tiny.feed(m, cache, tiny.ids(20), 20)
+    layer, storage = cache.layers[0], cache.layers[1].storage
+    del cache
+    for part in (lambda: layer.phase, storage.read):
+        with pytest.raises(ReferenceError, match="no longer exists"):
+            part()

@@ -3,8 +3,12 @@
 Small models and small parameters, so that methods act early: a parameter takes its value from SMALL by its name.
 """
 
+import copy
+import gc
 import inspect
 import itertools
+import pickle
+import weakref
 from pathlib import Path
 
 import pytest
@@ -13,6 +17,7 @@ import torch
 
 from nanokv import KVCache, generate, generate_batch, methods
 from nanokv.attention import reference
+from nanokv.cache import _tensors
 
 SMALL = {"budget": 40, "window": 8, "residual": 32, "group": 32, "rank": 16, "floor": 4}
 ALL = {info.name: info for info in methods()}
@@ -126,6 +131,45 @@ def test_the_number_of_combinations(m, capsys):
             f"\n{len(built)} combinations, {len(refused)} refused: {', '.join('+'.join(n) for n in refused) or 'none'}"
         )
     assert len(built) == (len(NAMES["storage"]) + 1) * (len(NAMES["policy"]) + 1) * (len(NAMES["plan"]) + 1) - 1
+
+
+@each
+@pytest.mark.parametrize("end", ["dropped", "reset"])
+def test_memory_is_free_when_a_cache_is(name, end, m):
+    """(d) at once, not when Python next looks for objects that know each other; clones and parts of prompts too."""
+    gc.collect()
+    gc.disable()
+    try:
+        cache = KVCache(m, [small(name)])
+        tiny.feed(m, cache, tiny.ids(100), parts(cache, 40))
+        other = cache.clone()
+        tiny.steps(m, cache, tiny.ids(5))
+        tiny.steps(m, other, tiny.ids(5))
+        constants = {id(t) for c in cache.layers for t in c.storage.constants()}
+        held = [t for k in (cache, other) for c in k.layers for t in _tensors([c.storage, c.slots])]
+        held = [weakref.ref(t) for t in held if id(t) not in constants]
+        assert held and all(t() is not None for t in held)
+        if end == "reset":
+            cache.reset()
+            other.reset()
+        else:
+            del cache, other
+        assert not any(t() is not None for t in held)
+    finally:
+        gc.enable()
+
+
+@each
+@pytest.mark.parametrize("how", [KVCache.clone, copy.deepcopy, lambda c: pickle.loads(pickle.dumps(c))])
+def test_copies_of_a_cache_go_on_alone(name, how, m):
+    """(f) as the original would have, whatever becomes of it."""
+    cache = KVCache(m, [small(name)])
+    tiny.feed(m, cache, tiny.ids(100), parts(cache, 40))
+    twin, text = how(cache), tiny.ids(9)
+    want = tiny.steps(m, cache, text)
+    assert all(c.parent.layers is twin.layers and c.storage.cache.slots is c.slots for c in twin.layers)
+    del cache
+    assert torch.equal(tiny.steps(m, twin, text), want)
 
 
 # (c) the prompt's own logits do not depend on how it was cut, where the whole prompt is read exactly

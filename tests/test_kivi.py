@@ -77,8 +77,8 @@ def test_an_outlier_channel_does_not_hurt_other_key_channels():
     loud[..., 5] *= 20
     back = []
     for keys in (k, loud):
-        c = KVCache(m, "kivi(bits=2)").layers[0]
-        c.parent.phase = "last"
+        cache = KVCache(m, "kivi(bits=2)")
+        c, cache.phase = cache.layers[0], "last"
         c._allocate(1, k.device)
         c.storage.store(keys, keys, None)
         c.storage.pack()

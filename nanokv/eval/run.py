@@ -5,7 +5,6 @@ each whole and flushed, so a run that was killed leaves at most one broken line,
 fails is written down as a line with an `error`, ends nothing, and is tried again by the next run.
 """
 
-import gc
 import hashlib
 import json
 import multiprocessing
@@ -137,7 +136,6 @@ def work(unit: Unit, todo: list[Setting], model=None, tokenizer=None, corpus=Non
                     found = ask(spec, mode)
                 except Exception as error:  # whatever it is, the others are measured
                     found = [{"error": " ".join(f"{type(error).__name__}: {error}".split())[:300]}] * len(indices)
-                gc.collect()  # a cache and its layers know each other: their memory waits for this
                 head = {"setting": setting.label, "spec": spec, "task": unit.task, "context": unit.context}
                 for i, depth, r in zip(indices, depths, found, strict=True):
                     more = {"mode": mode, "depth": depth, "seed": unit.seed or unit.context} if mode else {}

@@ -60,7 +60,8 @@ class Prompt:
         copy, fresh = self.begun[1].clone(), cache.layers
         cache.layers, cache.next_position = copy.layers, copy.next_position
         for mine, own in zip(cache.layers, fresh, strict=True):
-            mine.parent, mine.policies = cache, own.policies
+            mine.policies = own.policies
+            mine.belong(cache)
 
 
 def follow(model, cache: KVCache, ids: Tensor, chunk: int = CHUNK) -> Iterator[Tensor]:
