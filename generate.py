@@ -137,10 +137,7 @@ def build_parser(own=()) -> Parser:
     add("--system", metavar="TEXT", help="system message")
     add("--raw", action="store_true", help="continue the prompt as it is, without the chat template")
     add(
-        "--chunk",
-        type=SIZE,
-        metavar="N",
-        help=f"prompt tokens per pass (default: {engine.CHUNK}, twice that in 16 bits)",
+        "--chunk", type=SIZE, metavar="N", help=f"tokens read per pass (default: {engine.CHUNK}, in 16 bits twice that)"
     )
     add = p.add_argument_group("text").add_argument
     add("--max-new-tokens", type=COUNT, default=200, metavar="N", help="(default: %(default)s)")

@@ -483,17 +483,6 @@ class LayerCache:
 
     # What methods use
 
-    def belong(self, parent: KVCache) -> None:
-        """Become a layer of another cache."""
-        self.parent, parts = _owner(parent), [self.storage]
-        for part in parts:  # a storage may be made of others
-            if isinstance(part, Storage):
-                part.cache = _owner(self)
-                parts += vars(part).values()
-
-    def __getstate__(self) -> dict:
-        return {name: value for name, value in vars(self).items() if name != "parent"}
-
     @property
     def phase(self) -> str:
         """Return "prompt" while more of the prompt is to come, "last" in its last pass, "decode" afterwards."""
@@ -690,6 +679,17 @@ class LayerCache:
         return attention.Mask(see=see, bias=bias, T=T, N=N)
 
     # Bookkeeping
+
+    def belong(self, parent: KVCache) -> None:
+        """Become a layer of another cache."""
+        self.parent, parts = _owner(parent), [self.storage]
+        for part in parts:  # a storage may be made of others
+            if isinstance(part, Storage):
+                part.cache = _owner(self)
+                parts += vars(part).values()
+
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in vars(self).items() if name != "parent"}
 
     def _excess(self, n: int | list[int], first: int, last: int) -> list[int]:
         """Return how many entries of each row must go, and can, for n (per sequence, or one) to be left."""

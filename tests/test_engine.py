@@ -4,7 +4,7 @@ import pytest
 import tiny
 import torch
 
-from nanokv import KVCache, generate
+from nanokv import KVCache, engine, generate
 from nanokv.engine import prefill, sample, text
 
 
@@ -169,3 +169,11 @@ def test_no_new_tokens_means_reading_the_prompt():
     m = tiny.model()
     cache = KVCache(m)
     assert list(generate(m, cache, tiny.ids(9)[0], 0)) == [] and cache.next_position == 9
+
+
+@pytest.mark.parametrize("dtype, want", [(torch.float32, [8, 8, 4]), (torch.bfloat16, [16, 4])])
+def test_prompts_are_read_in_parts_of_as_many_bytes(dtype, want, monkeypatch):
+    monkeypatch.setattr(engine, "CHUNK", 8)
+    m, parts = tiny.model().to(dtype), []
+    prefill(m, KVCache(m), tiny.ids(20), progress=parts.append)
+    assert parts == want

@@ -45,11 +45,8 @@ def test_a_clone_shares_nothing_that_changes(m):
     tiny.steps(m, branch, tiny.ids(50, seed=9))
     branch.layers[0].storage.k_new["x"].zero_()
     assert torch.equal(m(tiny.ids(1), cache), before)
-    assert (
-        branch.model is m
-        and branch.layers[0].attn is m.layers[0].attn
-        and branch.layers[0].parent.layers is branch.layers
-    )
+    first = branch.layers[0]
+    assert branch.model is m and first.attn is m.layers[0].attn and first.parent.layers is branch.layers
 
 
 def test_an_empty_cache_can_be_saved(m, tmp_path):
