@@ -5,7 +5,7 @@
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import torch
@@ -27,9 +27,15 @@ class Mask:
     see: Tensor | None = None
     bias: Tensor | None = None
     device: object = None
+    made: dict = field(default_factory=dict)  # dtype -> what `additive` returned
 
     def additive(self, dtype=torch.float32) -> Tensor | None:
         """Return the mask as a tensor to add to the logits, (B, Hkv, T, N) or broadcastable, None if all is seen."""
+        if dtype not in self.made:
+            self.made[dtype] = self._additive(dtype)
+        return self.made[dtype]
+
+    def _additive(self, dtype) -> Tensor | None:
         if self.causal:
             return _causal(self.T, self.N, dtype, self.device)
         out = None if self.see is None else torch.where(self.see, *_seen_or_not(dtype, self.see.device))
@@ -85,7 +91,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
     Hkv = k.shape[1]
     if mask.causal and T == mask.N:  # the first part of a prompt: half of the work can be skipped
         return _grouped(q, k, v, is_causal=True)
-    if mask.causal and T > 16 and q.is_cpu:
+    if mask.causal and T > 16 and q.is_cpu and v.shape[-1] == D:
         return _past_and_present(q, k, v)
     add = mask.additive(q.dtype)
     if T > 16 or (GROUPED and T == 1 and add is None and q.is_cpu and q.element_size() == 2):
@@ -127,7 +133,7 @@ def _rows(q: Tensor, k: Tensor, v: Tensor, add: Tensor | None) -> Tensor:
     (B, Hkv, n, _), N = q.shape, k.shape[2]
     parts = torch.get_num_threads()
     whole = N // parts * parts
-    if q.device.type != "cpu" or add is not None or B * Hkv % parts == 0 or N < SPLIT:
+    if q.device.type != "cpu" or add is not None or B * Hkv % parts == 0 or N < SPLIT or v.shape[-1] != q.shape[-1]:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=add)
     split = [t.flatten(0, 1)[:, :whole].unflatten(1, (parts, -1)) for t in (k, v)]  # (B * Hkv, parts, N / parts, D)
     q = q.flatten(0, 1)[:, None]  # (B * Hkv, 1, n, D)
@@ -138,7 +144,8 @@ def _rows(q: Tensor, k: Tensor, v: Tensor, add: Tensor | None) -> Tensor:
     return (lse.softmax(1).to(o.dtype)[..., None] * o).sum(1).view(B, Hkv, n, -1)
 
 
-_with_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # also returns the log of the denominator
+# also returns the log of the denominator; takes values as wide as keys only
+_with_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 SPLIT = 6144  # entries from which cutting a cache into parts pays for its dozen of small operations
 
 
@@ -202,16 +209,21 @@ def window_scores(cache, window: int, kernel: int, pooling: str, reduce: str) ->
     """Score entries by the attention that the last `window` queries of a prompt pay them (SnapKV, arXiv 2404.14469).
 
     `cache` is a LayerCache in phase "last" of a method that `observes` at least `window` queries. Returns fp32
-    (B, Hkv, N), which says nothing of any but the live entries older than the newest `window` ones.
+    (B, Hkv, N), 0 but for the live entries older than the newest `window` ones.
     Probabilities are summed over the queries, reduced over each query group, then pooled over `kernel` neighbouring
     entries ("max" or "avg", zeros beyond both ends). Neighbours are the nearest live entries, hidden ones do not count.
     """
-    q, pos = cache.observed()
-    p = cache.probs(q[:, :, -window:], pos[..., -window:])  # (B, H, W, N)
+    p = cache.probs(*cache.observed(window))  # (B, H, W, N)
     s = reduce_group(p.sum(2), cache.config.n_kv_heads, reduce)  # (B, Hkv, N)
-    old = cache.between(0, window).expand_as(s)
-    order = torch.argsort(~old, dim=-1, stable=True)  # what is scored first, oldest to newest, without gaps
-    line = torch.where(old, s, 0.0).gather(-1, order)
+    return pool_neighbours(s, cache.between(0, window).expand_as(s), kernel, pooling)
+
+
+def pool_neighbours(score: Tensor, among: Tensor, kernel: int, pooling: str) -> Tensor:
+    """Pool score (B, Hkv, N) by "max" or "avg" over `kernel` neighbouring slots of `among`, bool (B, Hkv, N).
+
+    Slots in between that are not of `among` do not count, beyond both ends are zeros. Returns (B, Hkv, N), 0 elsewhere.
+    """
+    place = (among.cumsum(-1) - 1).clamp_(min=0)  # of each slot on a line without gaps
+    line = torch.zeros_like(score).scatter_add_(-1, place, torch.where(among, score, 0.0))
     pool = {"max": F.max_pool1d, "avg": F.avg_pool1d}[pooling]
-    line = pool(line, kernel, stride=1, padding=kernel // 2)
-    return torch.zeros_like(s).scatter_(-1, order, line)
+    return torch.where(among, pool(line, kernel, stride=1, padding=kernel // 2).gather(-1, place), 0.0)

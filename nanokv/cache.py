@@ -410,9 +410,12 @@ class LayerCache:
         self.config, self.rope, self.window = parent.config, parent.rope, parent.config.window(layer)
         self.policies, self.renumbers = parent.policies + ([parent.plan] if parent.plan else []), parent.renumbers
         self.B, self.n_rows, self.storage = 0, 0, None
-        self.notes: dict[str, list] = {}  # numbers, per sequence, that a plan remembers about this layer
+        self.notes: dict[str, list] = {}  # what a method remembers about this layer, such as numbers per sequence
         self.difference = 0.0  # the largest between two backends' results, where both run
         self.step_probs = None  # fp32 (B, H, T, N) of the decode step under way, where a method `needs_probs`
+        self._expected = None  # positions of the entries to come, once there is room for them
+        self._mask = None  # what the query of a step of one token sees, from `expect` to `compress`
+        self._asked = None  # queries and positions of the pass under way, while policies wait for other layers
 
     def _allocate(self, B: int, device) -> None:
         self.B, self.n_rows, self.device = B, B * self.config.n_kv_heads, device
@@ -433,17 +436,28 @@ class LayerCache:
         """Remember T new entries k, v (B, Hkv, T, D), k not yet rotated; return their positions (B, T)."""
         if self.storage is None:
             self._allocate(k.shape[0], k.device)
-        T = k.shape[2]
+        if self._expected is None:
+            self.expect(pos)
+        pos, self._expected = self._expected, None
+        if self.renumbers or not (kernels.small(x) and self.storage.store_rotated(k, v, pos)):
+            self.storage.store(k if self.renumbers else self.rope(k, pos), v, x)
+        return pos
+
+    def expect(self, token: Tensor) -> None:
+        """Make room for new entries, of tokens (B, T), and number them.
+
+        Before a step of one token this is done for all layers at once, for the reason that `compress` gives.
+        """
+        T = token.shape[1]
         for policy in self.policies:
             policy.before(self, T)
         self._tidy()
-        self._at_rest, token = False, pos
-        if self.renumbers:
-            pos = self._next_ranks(T)
-        if self.renumbers or not (kernels.small(x) and self.storage.store_rotated(k, v, pos)):
-            self.storage.store(k if self.renumbers else self.rope(k, pos), v, x)
+        self._at_rest = False
+        self._expected = self._next_ranks(T) if self.renumbers else token
         self._grow(token)
-        return pos
+        if T == 1 and self.phase == "decode" and self.equal:
+            self._mask = self.mask(self._expected)
+            self._mask.additive(torch.float32 if self.parent.needs_probs else self.parent.dtype)
 
     def attend(self, q: Tensor, pos: Tensor) -> Tensor:
         """Look back from rotated q (B, H, T, D) at pos to every live entry not later than it: (B, H, T, D).
@@ -461,7 +475,20 @@ class LayerCache:
         return o
 
     def compress(self, q: Tensor, pos: Tensor) -> None:
-        """Let policies forget entries, then let the storage pack what is left. q (B, H, T, D) is not rotated."""
+        """Let policies forget entries, then let the storage pack what is left. q (B, H, T, D) is not rotated.
+
+        A step of one token waits with it for the last layer (`KVCache.end`): one after the other, the small operations
+        of all layers find in the processor's caches what the next layer's weights would have driven out.
+        """
+        self._asked, self._mask = (q, pos), None
+        if self.phase != "decode" or q.shape[2] > 1:
+            self.act()
+
+    def act(self) -> None:
+        """Do what `compress` was asked for, unless it is done."""
+        if not self._asked:
+            return
+        (q, pos), self._asked = self._asked, None
         self._observe(q, pos)
         if self.window and not self.renumbers and self.parent.next_position + q.shape[2] > self.window:
             self.keep(self.token > pos[:, -1, None, None] + 1 - self.window)  # no later query can see further back
@@ -529,6 +556,10 @@ class LayerCache:
 
     def between(self, first: int, last: int) -> Tensor:
         """Return which slots live, but for the `first` oldest and the `last` newest, bool like `rank`."""
+        if self._apart(first, last):  # the first and the last slots
+            out = self.live.clone()
+            out[..., :first] = out[..., max(0, self.size - last) :] = False
+            return out
         rank = self.rank
         return (rank >= first) & (rank < self._older(last))
 
@@ -617,13 +648,13 @@ class LayerCache:
         """Overwrite the slots index (B, Hkv, M), negative to skip, with k, v (B, Hkv, M, D), k rotated as in `read`."""
         self.storage.write(*(t.flatten(0, 1) for t in (index, k, v)))
 
-    def observed(self) -> tuple[Tensor, Tensor]:
-        """Return the last queries of the prompt, rotated, (B, H, W, D), and their positions (B, W).
+    def observed(self, n: int) -> tuple[Tensor, Tensor]:
+        """Return the prompt's last n queries, rotated, (B, H, n, D), and their positions (B, n).
 
-        W is the most that a method asked for by `observes`, or the tokens of the prompt if these are fewer; the same
-        however the prompt was cut into chunks. Positions are those that the queries' own entries have now.
+        At most as many as the method asked for by `observes`; fewer only if the prompt is shorter. The same however the
+        prompt was cut into chunks. Positions are those that the queries' own entries have now.
         """
-        q, pos = self._tail
+        q, pos = self._tail[0][:, :, -n:], self._tail[1][..., -n:]
         if self.renumbers:
             pos = self._next_ranks(q.shape[2]) - q.shape[2]
         return self.rope(q, pos.clamp(min=0)), pos
@@ -664,6 +695,8 @@ class LayerCache:
         `newest` says that these are the queries of the newest T entries, which makes most masks trivial, and `padded`
         that shorter rows are followed by slots that none may see.
         """
+        if self._mask and newest:
+            return self._mask
         T, N = pos.shape[-1], self.size
         bias = self._column("bias", 0.0) if "bias" in self.slots.data else None
         plain = newest and bias is None and self.window is None
@@ -815,7 +848,7 @@ class KVCache:
     def __init__(self, model, spec="full"):
         from nanokv.specs import parse  # which imports this module
 
-        self.model, self.config, self.rope = model, model.config, model.rope
+        self.model, self.config, self.rope, self.dtype = model, model.config, model.rope, model.embed.weight.dtype
         self.storage, self.policies, self.plan = parse(spec)
         self.spec = "+".join(map(repr, self.methods))
         self.renumbers = any(m.renumbers for m in self.methods)
@@ -823,6 +856,8 @@ class KVCache:
         self.needs_sums = next((m.needs_sums for m in self.methods if m.needs_sums), "")
         self.waits = any(m.waits for m in self.methods)
         self.observes = max(m.observes for m in self.methods)
+        hooks = ("before_layer", "after_layer")
+        self.rerouted = self.plan and any(getattr(type(self.plan), h) is not getattr(Plan, h) for h in hooks)
         self._check()
         self.reset()
 
@@ -877,7 +912,12 @@ class KVCache:
         if not self.renumbers:
             self.rope.reserve(self.next_position + T)
         pos = torch.arange(self.next_position, self.next_position + T, device=ids.device).expand(B, T)
-        return (pos - torch.tensor(self.pads, device=ids.device)[:, None]).clamp(min=-1) if self.pads else pos
+        if self.pads:
+            pos = (pos - torch.tensor(self.pads, device=ids.device)[:, None]).clamp(min=-1)
+        if self.phase == "decode" and T == 1 and first.storage and not self.rerouted:
+            for layer in self.layers:
+                layer.expect(pos)
+        return pos
 
     def before_layer(self, i: int, x: Tensor, pos: Tensor) -> tuple[Tensor, Tensor]:
         """Let the plan act before layer i."""
@@ -891,6 +931,8 @@ class KVCache:
         """Finish a pass."""
         if self.phase == "last" and self.plan:
             self.plan.after_prefill(self)
+        for layer in self.layers:
+            layer.act()
         for layer in self.layers if self.waits else []:
             layer.finish()
         if self.phase == "last":
@@ -998,7 +1040,7 @@ class KVCache:
             return out
         constants = {t.untyped_storage().data_ptr() for t in c.storage.constants()}
         held = {}  # storages, so that views are counted once
-        for t in _tensors([c.storage, c.slots, c._tail, c.step_probs]):
+        for t in _tensors([c.storage, c.slots, c.notes, c._tail, c.step_probs]):
             held[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
         out |= c.storage.bytes()
         out["columns"] += c.slots.used()

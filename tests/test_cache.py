@@ -384,7 +384,7 @@ def test_the_observation_window_does_not_depend_on_chunks(chunk):
 
         def __call__(self, cache, q, pos):
             if cache.phase == "last":
-                seen.append((*cache.observed(), cache.probs(*cache.observed())))
+                seen.append((*cache.observed(16), cache.probs(*cache.observed(16))))
 
     m, seen = tiny.model(n_layers=1), []
     for c in (100, chunk):
@@ -477,7 +477,7 @@ def test_observed_positions_follow_the_numbering():
 
         def __call__(self, cache, q, pos):
             if cache.phase == "last":
-                seen.append((cache.observed()[1].tolist(), cache.probs(*cache.observed())))
+                seen.append((cache.observed(16)[1].tolist(), cache.probs(*cache.observed(16))))
 
     m, seen = tiny.model(n_layers=1), []
     cache = KVCache(m, [methods_by_name("streamingllm")(budget=40), Look()])
@@ -589,6 +589,24 @@ def test_a_long_cache_cut_among_threads_gives_the_same(threads, N, T, monkeypatc
         assert tiny.rms(attend(q, k, v, Mask(T, N)), reference(q, k, v, Mask(T, N))) < 1e-6
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("T", [1, 5, 40, 300])
+def test_values_may_be_wider_than_keys(T, dtype, monkeypatch):
+    """As those are that a storage mixes before it makes values of them."""
+    monkeypatch.setattr(attention, "SPLIT", 64)
+    before = torch.get_num_threads()
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, h, n, d, dtype=dtype) for h, n, d in ((9, T, 32), (3, 300, 32), (3, 300, 80)))
+    mask = Mask(T, 300, causal=T > 1)
+    try:
+        torch.set_num_threads(2)
+        got = attend(q, k, v, mask)
+    finally:
+        torch.set_num_threads(before)
+    # bf16: probabilities and result are rounded to 8 bits of mantissa, 2^-9 relative each
+    assert tiny.rms(got.float(), reference(q, k, v, mask)) < (6e-3 if dtype == torch.bfloat16 else 1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -720,7 +738,7 @@ def test_queries_observed_after_another_policys_cut_see_what_their_positions_all
 
         def __call__(self, cache, q, pos):
             if cache.phase == "last":
-                q, pos = cache.observed()
+                q, pos = cache.observed(16)
                 k, _ = cache.read()
                 see = cache.pos[:, :, None] <= pos[:, None, :, None]
                 seen.append(tiny.rms(cache.probs(q, pos), probs(q, k, Mask(q.shape[2], k.shape[2], see=see))))

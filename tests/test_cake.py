@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanokv import KVCache, generate, generate_batch
-from nanokv.attention import reference
+from nanokv.attention import pool_neighbours, reference
 from nanokv.cache import Policy
-from nanokv.methods.cake import CAKE, allot, smooth
+from nanokv.methods.cake import CAKE, allot
 
 
 def prefer(rows, gamma=200.0, **parameters):
@@ -24,7 +24,7 @@ def prefer(rows, gamma=200.0, **parameters):
     cache = SimpleNamespace(
         B=1, config=SimpleNamespace(n_kv_heads=1), notes={},
         between=lambda first, last: (place >= first) & (place < n + W - last),
-        observed=lambda: (torch.zeros(1, 1, W, 8), torch.arange(n, n + W)[None]), probs=lambda q, pos: p[None, None],
+        observed=lambda n: (torch.zeros(1, 1, W, 8), torch.arange(n, n + W)[None]), probs=lambda q, pos: p[None, None],
         column=lambda name: None, set_column=columns.__setitem__,
     )  # fmt: skip
     CAKE(window=W, gamma=gamma, **parameters)._prefer(cache)
@@ -72,7 +72,7 @@ def test_neighbours_are_the_nearest_live_entries():
     among = torch.tensor([[[True, False, True, True, False, True, True, True, False]]])
     line = [5, 1, 2, 3, 4, 6]
     want = [sum(line[max(0, j - 2) : j + 3]) / 5 for j in range(6)]
-    got = smooth(score, among)
+    got = pool_neighbours(score, among, 5, "avg")
     assert got[among].tolist() == pytest.approx(want)
 
 
@@ -106,7 +106,7 @@ class Look(Policy):
 
     def __call__(self, cache, q, pos):
         if cache.phase == "last":
-            self.seen[cache.layer] = cache.probs(*cache.observed()).double()
+            self.seen[cache.layer] = cache.probs(*cache.observed(self.observes)).double()
 
 
 def oracle(m, text, budget, W, gamma, tau1, tau2, floor):

@@ -17,7 +17,7 @@ import torch
 
 from nanokv import KVCache, generate, generate_batch, methods
 from nanokv.attention import reference
-from nanokv.cache import _tensors
+from nanokv.cache import Policy, _tensors
 
 SMALL = {"budget": 40, "window": 8, "residual": 32, "group": 32, "rank": 16, "floor": 4}
 ALL = {info.name: info for info in methods()}
@@ -246,6 +246,20 @@ def test_a_second_prompt_in_the_same_cache(name, m):
         tiny.feed(m, cache, tiny.ids(60, seed=turn), parts(cache, 60))
         logits = tiny.steps(m, cache, tiny.ids(20, seed=turn + 9))
     assert logits.isfinite().all() and cache.next_position == 240
+
+
+@each
+def test_what_another_method_observes_changes_nothing(name, m):
+    class Look(Policy):
+        name, observes = "look", 64
+
+    alone, beside = KVCache(m, [small(name)]), KVCache(m, [small(name), Look()])
+    for cache in (alone, beside):
+        tiny.feed(m, cache, tiny.ids(150), parts(cache, 150))
+        cache.out = tiny.steps(m, cache, tiny.ids(10))
+    assert torch.equal(alone.out, beside.out)
+    for layer, head in itertools.product(range(2), range(2)):
+        assert torch.equal(alone.live_positions(layer, head), beside.live_positions(layer, head))
 
 
 # (j) saved, loaded and cloned caches go on bit by bit as the original does

@@ -1,5 +1,6 @@
 """Expected Attention: the closed form, the moments of a prompt's queries, and which entries they keep."""
 
+import contextlib
 import itertools
 import math
 from functools import lru_cache
@@ -276,3 +277,13 @@ def test_the_kept_sets_are_those_of_kvpress(G, T, ratio, options):
 def test_bad_parameters_are_refused(bad):
     with pytest.raises(ValueError, match=f"expected_attention: {next(iter(bad))} must be"):
         ExpectedAttention(**bad)
+
+
+def test_the_ledger_counts_the_moments_while_a_prompt_is_read():
+    m, caches = tiny.model(), []
+    for spec in ("full", "expected_attention(budget=40)"):
+        caches.append(KVCache(m, spec))
+        with contextlib.suppress(ValueError), caches[-1].prompt(100):  # not all of it comes
+            m(tiny.ids(60), caches[-1])
+    moments = [t for layer in caches[1].layers for t in layer.notes["moments"] if isinstance(t, torch.Tensor)]
+    assert moments and caches[1].nbytes - caches[0].nbytes == sum(t.untyped_storage().nbytes() for t in moments)

@@ -136,7 +136,7 @@ def logits(m, text, window):
         name, observes = "look", window
 
         def __call__(self, cache, q, pos):
-            seen.append((cache.observed()[0].double(), *(t[0].double() for t in cache.read())))
+            seen.append((cache.observed(window)[0].double(), *(t[0].double() for t in cache.read())))
 
     tiny.feed(m, KVCache(m, [Look()]), text)
     q, k, v = seen[0]
@@ -269,7 +269,7 @@ class Evict(Policy):
         self.budget, self.n_sink, self.n_recent, self.alpha = budget, n_sink, n_recent, alpha
 
     def __call__(self, cache, q, pos):
-        q, pos = cache.observed() if cache.phase == "last" else (cache.rope(q, pos), pos)
+        q, pos = cache.observed(12) if cache.phase == "last" else (cache.rope(q, pos), pos)
         q = q.float().unflatten(1, (cache.config.n_kv_heads, -1)).mean(2)
         self.inner._average(cache, q @ cache.read()[0].float().mT / math.sqrt(q.shape[-1]), pos)
         if cache.n_live > self.budget:

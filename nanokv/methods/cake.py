@@ -22,11 +22,10 @@ Differs: shares are rounded by divisors (Jefferson's rule): b_l = floor(P_l / x)
     equally, and repairs single slots. Jefferson's rule only ever takes from a layer when others join, so cascade and
     one-shot keep the same entries, whatever is capped. `floor` is new: a layer with constant attention would get
     nothing. Nothing is forgotten up to budget tokens (the authors: budget + window). Sequences of a batch get budgets
-    of their own.
+    of their own. Steps compute attention another way than `full`'s: results are equal but for rounding.
 """
 
-import torch
-
+from nanokv.attention import pool_neighbours
 from nanokv.cache import Plan
 
 
@@ -54,12 +53,7 @@ def allot(weights, total, caps, floor):
     return out
 
 
-def smooth(score, among, kernel=5):
-    """Average score (B, Hkv, N) over `kernel` neighbours among the entries of `among`, zeros beyond both ends."""
-    order = torch.argsort(~among, dim=-1, stable=True)  # entries in question first, oldest to newest, without gaps
-    line = torch.where(among, score, 0.0).gather(-1, order)
-    line = torch.avg_pool1d(line, kernel, stride=1, padding=kernel // 2)
-    return torch.zeros_like(score).scatter_(-1, order, line)
+KERNEL = 5  # neighbours over which indicators are averaged
 
 
 class CAKE(Plan):
@@ -97,7 +91,7 @@ class CAKE(Plan):
             budgets = cache.notes.get("budget", [self.past] * cache.B)
             if any(n > b for n, b in zip(self._stored(cache), budgets, strict=True)):
                 p = cache.step_probs[:, :, -1].unflatten(1, (cache.config.n_kv_heads, -1))  # (B, Hkv, G, N)
-                self._keep(cache, smooth(p.mean(2), self._prefix(cache)), budgets)
+                self._keep(cache, pool_neighbours(p.mean(2), self._prefix(cache), KERNEL, "avg"), budgets)
 
     def after_prefill(self, cache):
         for layer in cache.layers:
@@ -105,7 +99,7 @@ class CAKE(Plan):
 
     def _prefer(self, cache):
         """Note the layer's preference, entropy^(1/tau1) * variance^(1/tau2), and the indicator of each entry."""
-        prefix, (q, pos) = self._prefix(cache), cache.observed()
+        prefix, (q, pos) = self._prefix(cache), cache.observed(self.window)
         p = cache.probs(q, pos).nan_to_num(0.0)  # (B, H, W, N); a query none of whose keys lives has no vote
         p = p.unflatten(1, (cache.config.n_kv_heads, -1)) * prefix[:, :, None, None]  # (B, Hkv, G, W, N)
         mean = p.mean(3)  # (B, Hkv, G, N)
@@ -115,7 +109,7 @@ class CAKE(Plan):
         both = zip(entropy, moving, strict=True)
         cache.notes["preference"] = [h ** (1 / self.tau1) * v ** (1 / self.tau2) for h, v in both]
         cache.column("indicator")
-        cache.set_column("indicator", smooth((mean + self.gamma * var).mean(2), prefix))
+        cache.set_column("indicator", pool_neighbours((mean + self.gamma * var).mean(2), prefix, KERNEL, "avg"))
 
     def _share(self, layers):
         """Cut layers, the first ones of the model, to their shares of the whole, and note these as budgets."""

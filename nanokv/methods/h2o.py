@@ -16,7 +16,8 @@ Differs: defined for grouped queries: the probabilities of a query group are red
     by query, so that the sum does not depend on how the prompt was cut into parts. The recent share comes out of the
     budget; the paper splits evenly, as the default here does. normalize divides by the number of queries that could
     see the entry, which old entries otherwise profit from, and protects n_sink first entries that would lose by it.
-    Positions are kept as they were. Equal sums: the older entry stays.
+    Positions are kept as they were. Equal sums: the older entry stays. Attention that is added up is computed another
+    way than `full`'s, also within the budget: results are equal but for rounding.
 """
 
 from nanokv.attention import reduce_group

@@ -99,7 +99,7 @@ class KeepKV(Policy):
     def __call__(self, cache, q, pos):
         if cache.phase == "prompt":
             return
-        q, pos = cache.observed() if cache.phase == "last" else (cache.rope(q, pos), pos)
+        q, pos = cache.observed(self.observes) if cache.phase == "last" else (cache.rope(q, pos), pos)
         q = q.float().unflatten(1, (cache.config.n_kv_heads, -1)).mean(2)  # (B, Hkv, T, D)
         k, v = cache.read()
         self._average(cache, q @ k.float().mT / k.shape[-1] ** 0.5, pos)

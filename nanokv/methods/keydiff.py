@@ -10,10 +10,10 @@ Stores: the storage's entries and the token number of each, int32; KV heads keep
 Bytes: under `full`, once more than budget tokens were read: held = S * Hkv * (2 * D * itemsize + 4) per layer with
     S = budget + max(16, budget // 16) slots, whatever the length of the text.
 Acts: the prompt is read exactly, so the first generated token sees all of it, and cut to `budget` entries per KV head
-    when its last token is in. With block=128 the prompt is read in parts of 128 tokens, each followed by a cut: no more
-    than budget + block entries ever live, but later parts, and the first generated token, see what is left. Then every
-    step attends to at most budget + 1 entries and forgets one, not the newest. With decode_update=False nothing is
-    forgotten after the prompt, and each generated token adds one entry.
+    when its last token is in. With block=128 the prompt is read in parts of 128 tokens (fewer where the engine reads
+    fewer at once), each followed by a cut: no more than budget + block entries ever live, but later parts, and the
+    first generated token, see what is left. Then every step attends to at most budget + 1 entries and forgets one, not
+    the newest. With decode_update=False nothing is forgotten after the prompt, and each generated token adds one entry.
 Differs: the authors read in blocks of 128; here this is an option, so that methods can be compared on the same prompt.
     Keys are compared as they are stored, rotated by their positions. The mean is taken anew of what lives at every cut.
     Nothing but the newest token of a step is protected unless n_sink and window say so. Equal cosines: the older entry
@@ -58,5 +58,5 @@ class KeyDiff(Policy):
         k, live = cache.read()[0].float(), cache.live
         length = k.norm(dim=-1).clamp(min=1e-12)  # (B, Hkv, N)
         anchor = torch.where(live, 1 / length, 0.0)[:, :, None] @ k  # the sum of unit keys; its direction matters
-        cosine = (k @ anchor.mT)[..., 0] / length  # times the anchor's length, the same for all of a head
+        cosine = (anchor @ k.mT)[:, :, 0] / length  # times the anchor's length, the same for all of a head
         cache.keep_best(-cosine, self.budget, self.n_sink, n_recent)

@@ -10,9 +10,9 @@ Stores: budget entries per KV head in the storage's form, keys un-rotated (rotat
 Bytes: under `full`, once C = budget tokens were read: held = S * Hkv * (2 * D * itemsize + 4) per layer with
     S = C + max(16, C // 16) slots, whatever the length of the text. C of the slots hold live entries.
 Acts: before every token is appended, so that C entries, the new one included, are attended to. The prompt is read in
-    parts of (C - n_sink) / 4 tokens in the same way, so its early tokens see no more than a cache of C: the first
-    generated token sees a compressed prompt. With reindex=False the prompt is read whole, with full attention, and cut
-    to C afterwards.
+    parts of at most (C - n_sink) / 4 tokens in the same way, so its early tokens see no more than a cache of C: the
+    first generated token sees a compressed prompt. With reindex=False the prompt is read whole, with full attention,
+    and cut to C afterwards.
 Differs: the paper feeds a prompt token by token; parts of a quarter window give each token at least three quarters of
     the window to look back on.
 """

@@ -15,7 +15,8 @@ Acts: the prompt is read exactly, so the first generated token sees all of it; a
 Differs: the newest entry always stays; with protect_last=False it competes, as the authors have it. heads="kv_head"
     averages over each query group alone, so that KV heads keep tokens of their own; so does every sequence whose heads
     other methods have left with different tokens. Several tokens in one step count as one: the last one's attention
-    decides. Positions are kept as they were. Equal attention: the older entry stays.
+    decides. Positions are kept as they were. Equal attention: the older entry stays. Steps compute attention another
+    way than `full`'s, also within the budget: results are equal but for rounding.
 """
 
 from nanokv.attention import reduce_group
@@ -43,16 +44,16 @@ class TOVA(Policy):
     def __call__(self, cache, q, pos):
         acts = cache.phase == "last" or (cache.phase == "decode" and self.decode_update)
         if acts and cache.n_live > self.budget:
-            p = cache.probs(*cache.observed()) if cache.phase == "last" else cache.step_probs  # (B, H, T, N)
+            p = cache.probs(*cache.observed(1)) if cache.phase == "last" else cache.step_probs  # (B, H, T, N)
             cache.keep_best(self._score(cache, p[:, :, -1]), self.budget, last=int(self.protect_last))
 
     def _score(self, cache, p):
         """Average attention p (B, H, N) over heads: (B, Hkv, N), or (B, 1, N) where all rows hold the same tokens."""
-        score, token = reduce_group(p, cache.config.n_kv_heads, "mean"), cache.token
+        token = cache.token
+        if self.heads == "layer" and token.shape[1] == 1:
+            return p.mean(1, keepdim=True)
+        score = reduce_group(p, cache.config.n_kv_heads, "mean")
         if self.heads == "kv_head":
             return score
-        mean = score.mean(1, keepdim=True)
-        if token.shape[1] == 1:
-            return mean
         same = (token == token[:, :1]).flatten(1).all(1)  # (B,): a slot is one token, whichever head
-        return mean.where(same[:, None, None], score)
+        return score.mean(1, keepdim=True).where(same[:, None, None], score)

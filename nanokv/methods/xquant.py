@@ -18,7 +18,8 @@ Acts: the prompt is read exactly and quantised, but for the last T mod g tokens,
 Differs: XQuant-CL (differences between layers) is left out. x is what enters the projections, after the norm. Values
     wait for the group of their keys to be complete. An entry that a policy forgets in one KV head stays until it is
     forgotten in all, and, once quantised, until its whole group is: policies that keep different tokens per head, or
-    scattered ones, save less memory here than elsewhere. mode="auto" takes x if E <= 2 * C.
+    scattered ones, save less memory here than elsewhere. mode="auto" takes x if E <= 2 * C. In latent mode a prompt in
+    16 bits is read exactly but for the rounding of z to 16 bits. No 3 bits, which do not fill bytes.
 """
 
 import torch
@@ -27,7 +28,8 @@ from nanokv import attention
 from nanokv.cache import Rows, Storage
 from nanokv.quant import PerChannel, PerToken
 
-FACTORS = torch.utils.weak.WeakTensorKeyDictionary()  # qkv weight -> (U, M_k, M_v), so that caches share them
+# qkv weight -> (U, M_k, M_v), so that caches share them; to be cleared by whoever changes weights in place
+FACTORS = torch.utils.weak.WeakTensorKeyDictionary()
 
 
 def factor(weight, widths):
