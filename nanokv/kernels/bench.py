@@ -10,14 +10,11 @@ import sys
 
 import torch
 import torch.nn.functional as F
-from rich import box
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 from nanokv.files import write_json
-
-SHAPES = {"SmolLM2-135M": (3, 3, 64), "Llama-3-8B": (4, 8, 128)}  # query heads per KV head, KV heads, head_dim
+from nanokv.kernels.report import MODELS, table
 
 
 def contestants(model: str, T: int, B: int, dtype, device) -> dict:
@@ -26,7 +23,7 @@ def contestants(model: str, T: int, B: int, dtype, device) -> dict:
     from nanokv.kernels.decode_kivi import decode_kivi_triton
     from nanokv.quant import PerChannel, PerToken
 
-    (G, Hkv, D), generator = SHAPES[model], torch.Generator(device).manual_seed(0)
+    (G, Hkv, D), generator = MODELS[model], torch.Generator(device).manual_seed(0)
     R, scale = B * Hkv, D**-0.5
 
     def noise(*shape):
@@ -34,52 +31,24 @@ def contestants(model: str, T: int, B: int, dtype, device) -> dict:
 
     q, k, v = noise(R, G, D), noise(R, T, D), noise(R, T, D)
     start, length = torch.arange(R, device=device) * T, torch.full((R,), T, dtype=torch.int32, device=device)
-    whole = k.nbytes + v.nbytes
+    rows, short, whole = (k.flatten(0, 1), v.flatten(0, 1), start), length // 4, k.nbytes + v.nbytes
     q4, k4, v4 = (x.view(B, -1, x.shape[-2], D) for x in (q.view(B, Hkv * G, 1, D), k, v))
     out = {
-        "sdpa": (lambda: F.scaled_dot_product_attention(q4.view(B, Hkv * G, 1, D), k4, v4, enable_gqa=True), whole),
-        "decode": (
-            lambda: decode_triton(q, k.flatten(0, 1), v.flatten(0, 1), start, length, scale=scale, most=T),
-            whole,
-        ),
+        "sdpa": (lambda: F.scaled_dot_product_attention(q4, k4, v4, enable_gqa=True), whole),
+        "decode": (lambda: decode_triton(q, *rows, length, scale=scale, most=T), whole),
+        "decode, 1/4 kept": (lambda: decode_triton(q, *rows, short, scale=scale, most=T // 4), whole // 4),
     }
-    for keep in (4,):
-        n = T // keep
-        short = length // keep
-        out[f"decode, 1/{keep} kept"] = (
-            lambda n=n, short=short: decode_triton(
-                q, k.flatten(0, 1), v.flatten(0, 1), start, short, scale=scale, most=n
-            ),
-            whole // keep,
-        )
     for bits in (4, 2):
         keys, values, n = PerChannel(R, bits, 32), PerToken(R, bits, 32), T // 32 * 32
         keys.add(list(range(R)), k[:, :n])
         values.add(list(range(R)), v[:, :n])
-        at = {"k_start": _starts(keys.rows, device), "v_code_start": _starts(values.codes, device),
-              "v_stat_start": _starts(values.stats, device)}  # fmt: skip
-        n_, none = (
-            torch.full((R,), n, dtype=torch.int32, device=device),
-            torch.zeros(R, dtype=torch.int64, device=device),
-        )
-        fields = {
-            "k_code": keys.rows.data["code"], "k_scale": keys.rows.data["scale"], "k_low": keys.rows.data["low"],
-            "v_code": values.codes.data["code"], "v_scale": values.stats.data["scale"],
-            "v_low": values.stats.data["low"], "k_len": n_, "v_len": n_, "k_new": noise(16, D), "k_new_start": none,
-            "v_new": noise(16, D), "v_new_start": none, "length": n_, **at,
-        }  # fmt: skip
-        held = sum(keys.rows.used(f) for f in ("code", "scale", "low")) + values.codes.used() + values.stats.used()
-        out[f"kivi {bits}-bit"] = (
-            lambda fields=fields, bits=bits, n=n: decode_kivi_triton(
-                q, **fields, bits=bits, group=32, scale=scale, most=n
-            ),
-            held,
-        )
+        none = torch.zeros(R, dtype=torch.int64, device=device)
+        fields = keys.for_kernel(device) | values.for_kernel(device)
+        fields |= {"k_new": noise(16, D), "k_new_start": none, "v_new": noise(16, D), "v_new_start": none}
+        fields |= {"length": fields["k_len"], "bits": bits, "group": 32, "scale": scale, "most": n}
+        held = keys.rows.used("code", "scale", "low") + values.codes.used() + values.stats.used()
+        out[f"kivi {bits}-bit"] = (lambda fields=fields: decode_kivi_triton(q, **fields)), held
     return out
-
-
-def _starts(rows, device):
-    return torch.tensor([s + rows.skip for s in rows.start], device=device)
 
 
 def time_all(field: dict, rounds: int) -> dict[str, float]:
@@ -117,23 +86,21 @@ def main(argv=None) -> int:
 
     device, records = torch.device("cuda"), []
     peak = bandwidth(device, 2048)
-    work = [(m, T, B) for m in SHAPES for T in args.contexts for B in args.batch]
+    work = [(m, T, B) for m in MODELS for T in args.contexts for B in args.batch]
     for model, T, B in track(work, "timing", console=Console(stderr=True), transient=True):
         field = contestants(model, T, B, getattr(torch, args.dtype), device)
         for name, us in time_all(field, args.rounds).items():
             share = field[name][1] / (us * 1e-6) / peak
             records.append({"model": model, "context": T, "batch": B, "name": name, "us": us, "share": share})
     about = {"gpu": torch.cuda.get_device_name(), "bandwidth": peak, "torch": torch.__version__, "dtype": args.dtype}
-    table = Table(title=f"{about['gpu']}, {peak / 1e9:.0f} GB/s read, {args.dtype}, medians", box=box.SIMPLE)
-    for column in ("model", "context", "batch", "kernel", "us", "x sdpa", "of the bandwidth"):
-        table.add_column(column, justify="left" if column in ("model", "kernel") else "right")
+    columns = ("model", "context", "batch", "kernel", "us", "x sdpa", "of the bandwidth")
+    out = table(f"{about['gpu']}, {peak / 1e9:.0f} GB/s read, {args.dtype}, medians", columns, ("model", "kernel"))
     for r in records:
-        base = next(
-            x["us"] for x in records if x["name"] == "sdpa" and all(x[k] == r[k] for k in ("model", "context", "batch"))
-        )
-        table.add_row(r["model"], f"{r['context']:,}", str(r["batch"]), r["name"], f"{r['us']:.1f}",
+        sdpa = [x for x in records if x["name"] == "sdpa"]
+        base = next(x["us"] for x in sdpa if all(x[k] == r[k] for k in ("model", "context", "batch")))
+        out.add_row(r["model"], f"{r['context']:,}", str(r["batch"]), r["name"], f"{r['us']:.1f}",
                       f"{base / r['us']:.2f}", f"{r['share']:.0%}")  # fmt: skip
-    Console(width=max(100, Console().width)).print(table)
+    Console(width=max(100, Console().width)).print(out)
     if args.json:
         try:
             write_json(args.json, {"about": about, "records": records})

@@ -211,10 +211,8 @@ def finish(p_s, p_lse, p_length, most, M: tl.constexpr, BM: tl.constexpr, BT: tl
 INTERPRETED = not isinstance(combine, triton.JITFunction)  # TRITON_INTERPRET=1
 
 
-def decode_triton(q: Tensor, k: Tensor, v: Tensor, start: Tensor, length: Tensor, *, scale: float, most: int,
-                  pos: Tensor | None = None, q_pos: Tensor | None = None, bias: Tensor | None = None,
-                  col_start: Tensor | None = None, window: int | None = None,
-                  probs: bool = False, lse: bool = False, splits: int | None = None):  # fmt: skip
+def decode_triton(q: Tensor, k: Tensor, v: Tensor, start: Tensor, length: Tensor, *, col_start: Tensor | None = None,
+                  **more):  # fmt: skip
     """Attend from q (R, M, D) to the slots start[r] to start[r] + length[r] of k (S, D) and v (S, Dv), for each row r.
 
     M is the number of queries of a row, at most 64. start is int64 (R,), length int32 (R,), `most` the largest length.
@@ -228,9 +226,8 @@ def decode_triton(q: Tensor, k: Tensor, v: Tensor, start: Tensor, length: Tensor
     """
     check(q, k, v)
     own = blocks(k.dtype, q.shape[1], k.shape[1], v.shape[1]) | payload(k, v, start)
-    return run(decode_split, own, q, v.shape[1], length, scale=scale, most=most, pos=pos, q_pos=q_pos, bias=bias,
-               columns=start if col_start is None else col_start, window=window, probs=probs, lse=lse,
-               splits=splits)  # fmt: skip
+    columns = start if col_start is None else col_start
+    return run(decode_split, own, q, v.shape[1], length, columns=columns, **more)
 
 
 def payload(k: Tensor, v: Tensor, start: Tensor) -> dict:
@@ -239,7 +236,9 @@ def payload(k: Tensor, v: Tensor, start: Tensor) -> dict:
     return {"p_k": k, "p_v": v, "p_start": start, "ROW_K": k.stride(0), "ROW_V": v.stride(0), "UPCAST": upcast}
 
 
-def run(kernel, own: dict, q, DV, length, *, scale, most, pos, q_pos, bias, columns, window, probs, lse, splits):
+def run(kernel, own: dict, q: Tensor, DV: int, length: Tensor, *, scale: float, most: int, columns: Tensor | None,
+        pos: Tensor | None = None, q_pos: Tensor | None = None, bias: Tensor | None = None, window: int | None = None,
+        probs: bool = False, lse: bool = False, splits: int | None = None):  # fmt: skip
     """Launch a split kernel, `combine` and `finish`. `own` holds sizes and what only this kernel takes."""
     if (pos is None) != (q_pos is None) or (pos is None and window is not None):
         raise ValueError("pos and q_pos come together, and a window needs both")
@@ -351,7 +350,8 @@ def aot_cases() -> dict:
         (torch.float16, 3, 64, {"HAS_POS": True}), (torch.float16, 3, 64, every), (torch.float16, 4, 128, every),
         (torch.float16, 64, 128, every),
     ):  # fmt: skip
-        cases |= aot_case("decode", decode_split, dtype, M, D, D, **flags)
+        cases |= aot_case(f"decode {TYPES[dtype]}", decode_split, dtype, M, D, D, ROW_K=D, ROW_V=D, UPCAST=False,
+                          **flags)  # fmt: skip
     same = {target: {"num_warps": 4, "num_stages": 1} for target in (*NVIDIA, "gfx942")}
     cases["combine D=64"] = (
         combine, {"p_acc": "*fp32", "p_lse": "*fp32", "p_o": "*fp16", "p_total": "*fp32", "n_splits": "i32"},
@@ -370,13 +370,13 @@ def aot_case(name: str, kernel, dtype, M: int, D: int, DV: int, types: dict | No
         "p_q": t, "p_k": t, "p_v": t, "p_start": "*i64", "p_length": "*i32", "p_pos": "*i32", "p_q_pos": "*i32",
         "p_bias": "*fp32", "p_columns": "*i64", "p_acc": "*fp32", "p_lse": "*fp32", "p_s": "*fp32", "scale": "fp32",
         "window": "i32", "split_len": "i32", "n_splits": "i32", "most": "i32", **(types or {})}  # fmt: skip
-    flags = dict.fromkeys(("HAS_POS", "HAS_WINDOW", "HAS_BIAS", "PROBS", "UPCAST"), False)
-    title = f"{name} {TYPES[dtype]} D={D}{f'+{DV}' * (DV != D)} M={M}"
+    flags = dict.fromkeys(("HAS_POS", "HAS_WINDOW", "HAS_BIAS", "PROBS"), False)
+    title = f"{name} D={D}{f'+{DV}' * (DV != D)} M={M}"
     title += "".join(f" {n.split('_')[-1].lower()}" for n, on in constants.items() if on is True)
     cases = {}
     for suffix, targets in (("", NVIDIA), (" (AMD)", ("gfx942",))):
         own = (sizes or blocks)(dtype, M, D, DV, amd=bool(suffix))
-        options = {n: own.pop(n) for n in ("num_warps", "num_stages")}
-        values = own | {"ROW_K": D, "ROW_V": DV} | flags | constants
+        options = {n: own.pop(n) for n in ("num_warps", "num_stages", "maxnreg") if n in own}
+        values = own | flags | constants
         cases[title + suffix] = kernel, every, values, ("split_len",), dict.fromkeys(targets, options)
     return cases

@@ -26,18 +26,31 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanokv.kernels.decode import HIDDEN, LIMIT, TYPES, apart, columns, decode_naive, fold, keep, leave, run, weigh
+from nanokv.kernels.decode import (
+    HIDDEN,
+    TYPES,
+    aot_case,
+    apart,
+    check,
+    columns,
+    decode_naive,
+    fold,
+    keep,
+    leave,
+    run,
+    weigh,
+)  # fmt: skip
 from nanokv.quant import unpack
 
+PLACES = ("k_scale", "k_low", "k_start", "k_len", "v_scale", "v_low", "v_code_start", "v_stat_start", "v_len",
+          "k_new_start", "v_new_start")  # fmt: skip
 MOST = 16  # query rows at a time, so that a tile fits the registers; if there are more, the cache is read again
 
 
 def decode_kivi_naive(q: Tensor, *, k_code: Tensor, k_scale: Tensor, k_low: Tensor, k_start: Tensor, k_len: Tensor,
                       v_code: Tensor, v_code_start: Tensor, v_scale: Tensor, v_low: Tensor, v_stat_start: Tensor,
                       v_len: Tensor, k_new: Tensor, k_new_start: Tensor, v_new: Tensor, v_new_start: Tensor,
-                      length: Tensor, bits: int, group: int, scale: float, most: int, pos: Tensor | None = None,
-                      q_pos: Tensor | None = None, bias: Tensor | None = None, col_start: Tensor | None = None,
-                      window: int | None = None, probs: bool = False, lse: bool = False):  # fmt: skip
+                      length: Tensor, bits: int, group: int, **more):  # fmt: skip
     """Do what `decode_kivi_triton` does: dequantise every row, in fp32 or q's fp64, and attend to the copy."""
     work = torch.promote_types(q.dtype, torch.float32)
     keys, values = [], []
@@ -52,9 +65,7 @@ def decode_kivi_naive(q: Tensor, *, k_code: Tensor, k_scale: Tensor, k_low: Tens
         keys += [k.flatten(0, 1), k_new[int(k_new_start[r]) :][: n - nk].to(work)]
         values += [v.flatten(1), v_new[int(v_new_start[r]) :][: n - nv].to(work)]
     start = length.cumsum(0) - length
-    places = start if col_start is None else col_start
-    return decode_naive(q, torch.cat(keys), torch.cat(values), start, length, scale=scale, most=most, pos=pos,
-                        q_pos=q_pos, bias=bias, col_start=places, window=window, probs=probs, lse=lse)  # fmt: skip
+    return decode_naive(q, torch.cat(keys), torch.cat(values), start, length, **more)
 
 
 @triton.jit
@@ -207,13 +218,9 @@ def kivi_split(p_q, p_k_code, p_k_scale, p_k_low, p_k_start, p_k_len, p_v_code, 
     leave(m, l, exchange(acc, 0), p_acc, p_lse, (i_row * n_splits + i_split) * M, o_m, M, D, BD)
 
 
-def decode_kivi_triton(q: Tensor, *, k_code: Tensor, k_scale: Tensor, k_low: Tensor, k_start: Tensor, k_len: Tensor,
-                       v_code: Tensor, v_code_start: Tensor, v_scale: Tensor, v_low: Tensor, v_stat_start: Tensor,
-                       v_len: Tensor, k_new: Tensor, k_new_start: Tensor, v_new: Tensor, v_new_start: Tensor,
-                       length: Tensor, bits: int, group: int, scale: float, most: int, pos: Tensor | None = None,
-                       q_pos: Tensor | None = None, bias: Tensor | None = None, col_start: Tensor | None = None,
-                       window: int | None = None, probs: bool = False, lse: bool = False,
-                       splits: int | None = None):  # fmt: skip
+def decode_kivi_triton(q: Tensor, *, k_code: Tensor, v_code: Tensor, k_new: Tensor, v_new: Tensor, length: Tensor,
+                       bits: int, group: int, q_pos: Tensor | None = None, col_start: Tensor | None = None,
+                       **more):  # fmt: skip
     """Attend from q (R, M, D) to rows of length[r] tokens, of which k_len[r] keys and v_len[r] values are codes.
 
     Keys, in groups of `group` tokens: k_code uint8 (Sg, group * bits / 8, D), k_scale and k_low fp16 (Sg, D); row r
@@ -225,38 +232,20 @@ def decode_kivi_triton(q: Tensor, *, k_code: Tensor, k_scale: Tensor, k_low: Ten
     pos, q_pos, bias, window, most, probs, lse and what is returned: as in `decode_triton`; a row's columns begin at
     col_start[r]. NotImplementedError where it is not made for it.
     """
-    check(q, k_new, v_new, bits, group)
-    own = blocks(k_new.dtype, bits, group, min(MOST, q.shape[1]), q.shape[2]) | {"BITS": bits, "GROUP": group}
-    own |= {"p_k_code": words(k_code), "p_k_scale": k_scale, "p_k_low": k_low, "p_k_start": k_start, "p_k_len": k_len}
-    own |= {"p_v_code": words(v_code), "p_v_code_start": v_code_start, "p_v_scale": v_scale, "p_v_low": v_low}
-    own |= {"p_v_stat_start": v_stat_start, "p_v_len": v_len, "p_k_new": k_new, "p_k_new_start": k_new_start}
-    own |= {"p_v_new": v_new, "p_v_new_start": v_new_start}
-
-    def attend(q, q_pos):
-        return run(kivi_split, own | {"M": q.shape[1]}, q, q.shape[2], length, scale=scale, most=most, pos=pos,
-                   q_pos=q_pos, bias=bias, columns=col_start, window=window, probs=probs, lse=lse,
-                   splits=splits)  # fmt: skip
-
-    return attend(q, q_pos) if q.shape[1] <= MOST else apart(attend, MOST, q, q_pos)
-
-
-def words(code: Tensor) -> Tensor:
-    """Return bytes (S, W, D) as words of four channels, a view."""
-    return code.view(torch.int32)
-
-
-def check(q, k_new, v_new, bits, group) -> None:
-    """Raise if these are not the arguments the kernel was made for."""
-    _, M, D = q.shape
+    D = q.shape[2]
     if bits not in (2, 4, 8) or group not in (16, 32, 64):
         raise NotImplementedError(f"kivi's kernel takes 2, 4 or 8 bits and groups of 16, 32 or 64, not {bits}, {group}")
     if D % group or D > 128:
         raise NotImplementedError(f"kivi's kernel takes multiples of group = {group} up to 128 channels, not {D}")
-    if M > LIMIT:
-        raise NotImplementedError(f"decode kernels take up to {LIMIT} query rows per KV head, not {M}")
-    if k_new.dtype not in TYPES or v_new.dtype != k_new.dtype or q.dtype not in TYPES:
-        types = f"{q.dtype}, {k_new.dtype}, {v_new.dtype}"
-        raise NotImplementedError(f"decode kernels take fp16, bf16 or fp32, not {types}")
+    check(q, k_new, v_new)
+    own = blocks(k_new.dtype, bits, group, min(MOST, q.shape[1]), D) | {"BITS": bits, "GROUP": group}
+    own |= {f"p_{name}": more.pop(name) for name in PLACES} | {"p_k_new": k_new, "p_v_new": v_new}
+    own |= {"p_k_code": k_code.view(torch.int32), "p_v_code": v_code.view(torch.int32)}  # words of four channels
+
+    def attend(q, q_pos):
+        return run(kivi_split, own | {"M": q.shape[1]}, q, D, length, columns=col_start, q_pos=q_pos, **more)
+
+    return attend(q, q_pos) if q.shape[1] <= MOST else apart(attend, MOST, q, q_pos)
 
 
 def blocks(dtype, bits: int, group: int, M: int, D: int, amd: bool = torch.version.hip is not None) -> dict:
@@ -281,26 +270,13 @@ def aot_cases() -> dict:
     sizes = [(t, bits, M, D, {}) for t in TYPES for bits in (2, 4, 8) for M, D in ((3, 64), (4, 128))]
     sizes += [(torch.float16, 2, M, D, {}) for M, D in ((8, 96), (16, 64), (16, 128))]
     sizes += [(torch.float32, 4, 16, 128, {}), (torch.float16, 2, 3, 64, flags)]
+    types = dict.fromkeys(("p_k_start", "p_v_code_start", "p_v_stat_start", "p_k_new_start", "p_v_new_start"), "*i64")
+    types |= dict.fromkeys(("p_k_len", "p_v_len", "p_k_code", "p_v_code"), "*i32")
+    types |= dict.fromkeys(("p_k_scale", "p_k_low", "p_v_scale", "p_v_low"), "*fp16")
     cases = {}
     for dtype, bits, M, D, more in sizes:
-        name = f"kivi {TYPES[dtype]} {bits}-bit D={D} M={M}" + " pos window bias probs" * bool(more)
-        for suffix, targets in (("", ("sm_80", "sm_90", "sm_100")), (" (AMD)", ("gfx942",))):
-            cases[name + suffix] = aot_case(dtype, bits, M, D, targets, **more)
+        new = dict.fromkeys(("p_k_new", "p_v_new"), f"*{TYPES[dtype]}")
+        own = lambda dtype, M, D, DV, amd, bits=bits: blocks(dtype, bits, 32, M, D, amd)  # noqa: E731
+        cases |= aot_case(f"kivi {TYPES[dtype]} {bits}-bit", kivi_split, dtype, M, D, D, types | new, own,
+                          BITS=bits, GROUP=32, **more)  # fmt: skip
     return cases
-
-
-def aot_case(dtype, bits: int, M: int, D: int, targets: tuple, group: int = 32, **flags) -> tuple:
-    """Return one case of the split kernel; options maps a target to its num_warps and num_stages."""
-    exact = f"*{TYPES[dtype]}"
-    types = dict.fromkeys(("p_k_start", "p_v_code_start", "p_v_stat_start", "p_k_new_start", "p_v_new_start",
-                           "p_columns"), "*i64")  # fmt: skip
-    types |= dict.fromkeys(("p_k_len", "p_v_len", "p_length", "p_pos", "p_q_pos", "p_k_code", "p_v_code"), "*i32")
-    types |= dict.fromkeys(("p_k_scale", "p_k_low", "p_v_scale", "p_v_low"), "*fp16")
-    types |= dict.fromkeys(("p_q", "p_k_new", "p_v_new"), exact)
-    types |= dict.fromkeys(("p_bias", "p_acc", "p_lse", "p_s"), "*fp32") | {"scale": "fp32"}
-    types |= dict.fromkeys(("window", "split_len", "n_splits", "most"), "i32")
-    sizes = blocks(dtype, bits, group, M, D, amd=targets == ("gfx942",))
-    options = {n: sizes.pop(n) for n in ("num_warps", "num_stages", "maxnreg") if n in sizes}
-    constants = dict.fromkeys(("HAS_POS", "HAS_WINDOW", "HAS_BIAS", "PROBS"), False)
-    constants |= sizes | {"BITS": bits, "GROUP": group} | flags
-    return kivi_split, types, constants, ("split_len",), dict.fromkeys(targets, options)

@@ -14,7 +14,7 @@ entries of another store, which are not shifted: it belongs to the lse, which mu
 import torch
 from torch import Tensor
 
-from nanokv.kernels.decode import aot_case, decode_naive, decode_split, decode_triton
+from nanokv.kernels.decode import TYPES, aot_case, decode_naive, decode_split, decode_triton
 
 
 def decode_latent_naive(q: Tensor, z_k: Tensor, z_v: Tensor, start: Tensor, length: Tensor, *, scale: float,
@@ -48,5 +48,6 @@ def aot_cases() -> dict:
         (torch.float16, 4, 256, 256), (torch.float32, 4, 256, 256),
     ):  # fmt: skip
         row = rank_k + rank_v
-        cases |= aot_case("decode_latent", decode_split, dtype, M, rank_k, rank_v, ROW_K=row, ROW_V=row)
+        cases |= aot_case(f"decode_latent {TYPES[dtype]}", decode_split, dtype, M, rank_k, rank_v,
+                          ROW_K=row, ROW_V=row, UPCAST=False)  # fmt: skip
     return cases

@@ -20,6 +20,7 @@ from torch import Tensor
 from nanokv.kernels.decode import (
     HIDDEN,
     LIMIT,
+    TYPES,
     aot_case,
     apart,
     blocks,
@@ -107,10 +108,8 @@ def decode_rope_split(p_q, p_k, p_v, p_start, p_length, p_pos, p_q_pos, p_bias, 
     leave(m, l, acc, p_acc, p_lse, (i_row * n_splits + i_split) * M, o_m, M, DV, BDV)
 
 
-def decode_rope_triton(q: Tensor, k: Tensor, v: Tensor, start: Tensor, length: Tensor, *, scale: float, most: int,
-                       cos: Tensor, sin: Tensor, pos: Tensor, q_pos: Tensor, bias: Tensor | None = None,
-                       col_start: Tensor | None = None, window: int | None = None,
-                       probs: bool = False, lse: bool = False, splits: int | None = None):  # fmt: skip
+def decode_rope_triton(q: Tensor, k: Tensor, v: Tensor, start: Tensor, length: Tensor, *, cos: Tensor, sin: Tensor,
+                       pos: Tensor, q_pos: Tensor, col_start: Tensor | None = None, **more):  # fmt: skip
     """Attend as `decode_triton` does, from rotated q to un-rotated k, which are rotated by their pos on the way.
 
     cos and sin are fp32 (P, D/2), of positions 0 to P - 1; a slot whose pos is not below P must be a forgotten one.
@@ -118,17 +117,13 @@ def decode_rope_triton(q: Tensor, k: Tensor, v: Tensor, start: Tensor, length: T
     if k.shape[1] % 2:
         raise NotImplementedError(f"decode_rope takes an even head_dim, not {k.shape[1]}")
     if MOST < q.shape[1] <= LIMIT:
-        return apart(
-            lambda q, q_pos: decode_rope_triton(
-                q, k, v, start, length, scale=scale, most=most, cos=cos, sin=sin, pos=pos, q_pos=q_pos, bias=bias,
-                col_start=col_start, window=window, probs=probs, lse=lse, splits=splits),
-            MOST, q, q_pos)  # fmt: skip
+        rest = more | {"cos": cos, "sin": sin, "pos": pos, "col_start": col_start}
+        return apart(lambda q, q_pos: decode_rope_triton(q, k, v, start, length, q_pos=q_pos, **rest), MOST, q, q_pos)
     check(q, k, v)
     own = sizes(k.dtype, q.shape[1], k.shape[1], v.shape[1]) | payload(k, v, start)
     own |= {"p_cos": cos.contiguous(), "p_sin": sin.contiguous(), "n_pos": len(cos)}
-    return run(decode_rope_split, own, q, v.shape[1], length, scale=scale, most=most, pos=pos, q_pos=q_pos, bias=bias,
-               columns=start if col_start is None else col_start, window=window, probs=probs, lse=lse,
-               splits=splits)  # fmt: skip
+    columns = start if col_start is None else col_start
+    return run(decode_rope_split, own, q, v.shape[1], length, columns=columns, pos=pos, q_pos=q_pos, **more)
 
 
 def sizes(dtype, M: int, D: int, DV: int, **amd) -> dict:
@@ -150,5 +145,6 @@ def aot_cases() -> dict:
         (torch.float32, 4, 128, {}), (torch.float16, 3, 64, every),
         (torch.float16, 16, 128, every),
     ):  # fmt: skip
-        cases |= aot_case("decode_rope", decode_rope_split, dtype, M, D, D, types, sizes, HAS_POS=True, **flags)
+        cases |= aot_case(f"decode_rope {TYPES[dtype]}", decode_rope_split, dtype, M, D, D, types, sizes,
+                          ROW_K=D, ROW_V=D, UPCAST=False, HAS_POS=True, **flags)  # fmt: skip
     return cases

@@ -35,6 +35,8 @@ GPUS = {
 RARE = re.compile(
     r"bf16|8-bit|D=80|D=96|M=8|M=16|M=24|M=64|fp32 D=128|D=7|D=256|fp32 2-bit|fp32 4-bit D=128|^pack.*(4-bit|fp32|128)"
 )
+# caches in the tables: what an entry is held as, and the share of entries that are kept
+KINDS = {"full": ("full", 1.0), "kivi 4-bit": ("4", 1.0), "kivi 2-bit": ("2", 1.0), "25 % kept": ("full", 0.25)}
 # query heads per KV head, KV heads, head_dim of the models in the second table
 MODELS = {"SmolLM2-135M": (3, 3, 64), "Llama-3-8B": (4, 8, 128)}
 
@@ -103,13 +105,7 @@ def bounds(records: list[dict]) -> list[dict]:
     for gpu, (target, *_) in GPUS.items():
         for model, (G, Hkv, D) in MODELS.items():
             for T in (4096, 32768):
-                kinds = {
-                    "full": ("full", 1.0),
-                    "kivi 4-bit": ("4", 1.0),
-                    "kivi 2-bit": ("2", 1.0),
-                    "25 % kept": ("full", 0.25),
-                }
-                for name, (kind, share) in kinds.items():
+                for name, (kind, share) in KINDS.items():
                     case = "decode fp16" if kind == "full" else f"kivi fp16 {kind}-bit"
                     loop, n = loops.get((f"{case} D={D} M={G}", target)), int(T * share)
                     us, limit = bound(gpu, moved(held(kind, D), G, D, n, Hkv), loop, n * Hkv)
@@ -117,38 +113,35 @@ def bounds(records: list[dict]) -> list[dict]:
     return out
 
 
+def table(title: str, columns: tuple, left: tuple) -> Table:
+    """Return an empty table whose columns are aligned to the right, but for those of `left`."""
+    out = Table(title=title, box=box.SIMPLE)
+    for column in columns:
+        out.add_column(column, justify="left" if column in left else "right")
+    return out
+
+
 def tables(records: list[dict]) -> list[Table]:
     """Return the costs by kernel and target, and the bounds, as tables."""
-    first = Table(title="Static cost (computed, not measured)", box=box.SIMPLE)
-    for column in (
-        "kernel",
-        "target",
-        "registers",
-        "spills",
-        "shared KB",
-        "widest load B",
-        "loop",
-        "per token and head",
-    ):
-        first.add_column(column, justify="left" if column in ("kernel", "target") else "right")
+    columns = ("kernel", "target", "registers", "spills", "shared KB", "widest load B", "loop", "per token and head")
+    first = table("Static cost (computed, not measured)", columns, ("kernel", "target"))
     for r in records:
         loop = f"{r['per_token']:.1f}" if "per_token" in r else "-"
         sizes = f"{r['shared'] / 1024:.0f}", str(r["widest"]), str(r["loop"] or "-")
         first.add_row(r["case"], r["target"], str(r["registers"]), str(r["spills"]), *sizes, loop)
-    second = Table(title="Bound of one layer's attention, batch 1, fp16, microseconds (computed)", box=box.SIMPLE)
     rows = bounds(records)
-    names = list(dict.fromkeys(r["cache"] for r in rows))
-    for column in ("GPU", "model", "context", *names):
-        second.add_column(column, justify="left" if column in ("GPU", "model") else "right")
+    columns = ("GPU", "model", "context", *KINDS)
+    second = table("Bound of one layer's attention, batch 1, fp16, microseconds (computed)", columns, ("GPU", "model"))
     for gpu, model, T in dict.fromkeys((r["gpu"], r["model"], r["context"]) for r in rows):
         group = [r for r in rows if (r["gpu"], r["model"], r["context"]) == (gpu, model, T)]
         cells = [f"{r['us']:.2f}" + ("*" if r["limit"] == "issue" else "") for r in group]
         second.add_row(gpu, model, f"{T:,}", *cells)
     second.caption = "* bound by instructions, else by memory. Launches, latency and weights are not in it."
-    third = Table(title="Bytes per entry and KV head, fp16, G = 3, D = 64, 4,096 entries", box=box.SIMPLE)
-    for column in ("cache", "held", "moved", "ideal / moved"):
-        third.add_column(column, justify="left" if column == "cache" else "right")
-    for name, kind in (("full", "full"), ("kivi 4-bit", "4"), ("kivi 2-bit", "2")):
+    columns = ("cache", "held", "moved", "ideal / moved")
+    third = table("Bytes per entry and KV head, fp16, G = 3, D = 64, 4,096 entries", columns, ("cache",))
+    for name, (kind, share) in KINDS.items():
+        if share < 1:
+            continue
         ideal = held(kind, 64)
         all_ = moved(ideal, 3, 64, 4096, 3)
         third.add_row(name, f"{ideal:.0f}", f"{all_:.1f}", f"{ideal / all_:.0%}")
