@@ -23,6 +23,7 @@ import math
 import weakref
 from contextlib import contextmanager
 from functools import lru_cache
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -188,10 +189,9 @@ class Rows:
         """Make room for need[r] slots in row r."""
         if all(self.skip + n <= c for n, c in zip(need, self.cap, strict=True)):
             return
-        fits = all(n <= c for n, c in zip(need, self.cap, strict=True))
-        self._move(
-            self.n, None if fits else [max(c, n + spare(n, self.least)) for n, c in zip(need, self.cap, strict=True)]
-        )
+        both = list(zip(need, self.cap, strict=True))
+        fits = all(n <= c for n, c in both)
+        self._move(self.n, None if fits else [max(c, n + spare(n, self.least)) for n, c in both])
 
     def trim(self) -> None:
         """Give back what is allocated beyond each row's length and its spare slots."""
@@ -202,9 +202,7 @@ class Rows:
     def _move(self, counts, caps, order: Tensor | None = None, drop: list[int] | None = None) -> None:
         """Rebuild every row from its slots order[r][:counts[r]] (or all after drop[r]), in place or with new caps."""
         new_cap = self.cap if caps is None else caps
-        start = [0] * len(new_cap)
-        for r in range(1, len(new_cap)):
-            start[r] = start[r - 1] + new_cap[r - 1]
+        start = [0, *accumulate(new_cap)][:-1]
         for name, field in self.data.items():
             new = field if caps is None else field.new_zeros(sum(new_cap), *field.shape[1:])
             if self.equal and len(set(counts)) == 1 and len(set(new_cap)) == 1 and drop is None:

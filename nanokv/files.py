@@ -1,19 +1,29 @@
 """Files that are written whole or not at all."""
 
 import json
+import os
+from contextlib import contextmanager
 from pathlib import Path
 
 
-def write(path, text: str) -> Path:
-    """Write text (UTF-8) to a temporary name beside `path` and rename it; return the path. OSError where that fails."""
+@contextmanager
+def whole(path):
+    """Yield a temporary name beside `path`; what is written there takes its place at the end, or nothing does."""
     path = Path(path)
-    part = path.with_name(f".{path.name}.part")
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        part.write_text(text, encoding="utf-8")
-        return part.replace(path)
-    except OSError:
+        yield part
+        part.replace(path)
+    except BaseException:
         part.unlink(missing_ok=True)
         raise
+
+
+def write(path, text: str) -> Path:
+    """Write text (UTF-8); return the path. OSError where that fails."""
+    with whole(path) as part:
+        part.write_text(text, encoding="utf-8")
+    return Path(path)
 
 
 def write_json(path, value) -> Path:

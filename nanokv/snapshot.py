@@ -8,13 +8,13 @@ import hashlib
 import json
 import os
 import re
-import tempfile
-from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from nanokv.files import whole
 
 FORMAT = "3"
 ZEROS = b"0" * 64
@@ -39,23 +39,14 @@ def save(cache, path) -> None:
         state["layers"].append(_layer_state(layer, str(i), tensors) if layer.storage else None)
     meta = {"nanokv": FORMAT, "torch": torch.__version__, "spec": cache.spec, "model": fingerprint(cache.model),
             "state": json.dumps(state), "checksum": ZEROS.decode()}  # fmt: skip
-    path = Path(path)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".")
-    os.close(handle)
-    try:
-        save_file(tensors or {"empty": torch.zeros(1)}, name, metadata=meta)
-        with open(name, "r+b") as f:
+    with whole(path) as part:
+        save_file(tensors or {"empty": torch.zeros(1)}, part, metadata=meta)
+        with open(part, "r+b") as f:
             digest, _, at = _checksum(f)
             f.seek(at)
             f.write(digest)
             f.flush()
             os.fsync(f.fileno())
-        os.umask(mask := os.umask(0))  # a temporary file is private, the saved one is as any other
-        os.chmod(name, 0o666 & ~mask)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
 
 
 def load(cls, path, model):

@@ -38,11 +38,6 @@ class Tokenizer:
     def _id(self, role: str) -> int | None:
         return self.raw.token_to_id(self.specials[role]) if self.specials.get(role) else None
 
-    @property
-    def vocab_size(self) -> int:
-        """Return the number of tokens, added ones included; the model's embedding may be larger."""
-        return self.raw.get_vocab_size(with_added_tokens=True)
-
     def encode(self, text: str, special: bool = False) -> list[int]:
         """Return the ids of `text`; special tokens written out in it count as such.
 
@@ -153,16 +148,11 @@ class Stream:
     def push(self, token: int) -> str:
         """Take the next id and return the text that is now certain, perhaps none."""
         self.held.append(token)
-        # Decoding depends on the neighbour to the left (a first space is dropped), hence the difference of two texts.
-        text = self.decode(self.done + self.held)
-        if text.endswith("\ufffd"):
-            return ""
-        text = text[len(self.decode(self.done)) :]
-        self.done, self.held = self.held, []
-        return text
+        return "" if self.decode(self.done + self.held).endswith("\ufffd") else self.flush()
 
     def flush(self) -> str:
         """Return what is held back, U+FFFD for each part that is no UTF-8."""
+        # Decoding depends on the neighbour to the left (a first space is dropped), hence the difference of two texts.
         text = self.decode(self.done + self.held)[len(self.decode(self.done)) :]
         self.done, self.held = self.held, []
         return text

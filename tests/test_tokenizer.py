@@ -62,7 +62,7 @@ def test_default_ids_equal_transformers(smollm2, smollm2_peer):
 
 def test_default_specials(smollm2):
     model, tokenizer = smollm2
-    assert (tokenizer.bos, tokenizer.eos, tokenizer.vocab_size) == (1, (2,), 49152)
+    assert (tokenizer.bos, tokenizer.eos, tokenizer.raw.get_vocab_size()) == (1, (2,), 49152)
     assert model.config.eos == (2,) and model.config.vocab == 49152
     assert tokenizer.encode("<|im_start|>a<|im_end|>") == [1, 81, 2]
     assert tokenizer.encode("a", special=True) == [81]  # this model's habit is to add nothing
@@ -200,7 +200,7 @@ def test_gguf_llama_bpe_prefers_whole_tokens():
 
 def test_gguf_bpe_specials_and_frame():
     plain = Tokenizer.from_gguf(bpe_fields("qwen2"))
-    n = plain.vocab_size - 4
+    n = plain.raw.get_vocab_size() - 4
     assert plain.encode("<|im_start|><tool><|im_end|>") == [n + 1, n + 3, n + 2]
     assert (plain.bos, plain.eos) == (n, (n + 2,))
     assert plain.encode("a", special=True) == plain.encode("a")
@@ -286,7 +286,7 @@ def test_save_and_from_folder(tmp_path):
     after, peer = Tokenizer.from_folder(tmp_path), transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
     for text in TEXTS:
         assert after.encode(text, special=True) == before.encode(text, special=True) == peer.encode(text)
-    assert (after.bos, after.eos, after.vocab_size) == (before.bos, before.eos, before.vocab_size)
+    assert (after.bos, after.eos, after.raw.get_vocab_size()) == (before.bos, before.eos, before.raw.get_vocab_size())
     assert after.chat([{"content": "x"}]) == "<|endoftext|>x"
 
 

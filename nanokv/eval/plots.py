@@ -3,6 +3,8 @@
 import math
 from pathlib import Path
 
+from nanokv.files import whole
+
 MARKERS = {"token": "o", "head": "s", "layer": "D", "channel": "^", "bits": "v", "none": "*"}  # by what is shrunk
 DASHES = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)), (0, (3, 3)), (0, (1, 3)), (0, (8, 2)), (0, (5, 1, 2, 1)))
 
@@ -30,10 +32,10 @@ def _pyplot():
 def _save(plt, figure, path: Path) -> list[Path]:
     out = []
     for kind in ("png", "svg"):
-        part = path.with_name(f".{path.name}.{kind}.part")
+        out.append(path.with_name(f"{path.name}.{kind}"))
         date = {"metadata": {"Date": None}} if kind == "svg" else {}
-        figure.savefig(part, format=kind, dpi=110, bbox_inches="tight", **date)
-        out.append(part.replace(path.with_name(f"{path.name}.{kind}")))
+        with whole(out[-1]) as part:
+            figure.savefig(part, format=kind, dpi=110, bbox_inches="tight", **date)
     plt.close(figure)
     return out
 

@@ -78,7 +78,6 @@ def _nvidia(compiled) -> dict:
         "mma": sum(n for x, n in names.items() if "MMA" in x and not x.startswith("HFMA2")),  # which loads constants
         "loop": max(inner, default=0),
         "instructions": len(code),
-        "names": names,
     }
 
 
@@ -110,7 +109,6 @@ def _amd(compiled) -> dict:
         "mma": len(re.findall(r"\bv_mfma_\w+", text)),
         "loop": 0,  # not read off this assembly
         "instructions": len(re.findall(r"^\s+(?:[vs]|ds|global|buffer)_\w+", text, re.M)),
-        "names": Counter(),
     }
 
 

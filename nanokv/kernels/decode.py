@@ -11,7 +11,7 @@ that run side by side (Flash-Decoding). A split reads its entries tile by tile a
 
 When a tile raises m, what was summed before is scaled by exp(old m - new m). What a split leaves behind, acc / l and
 the logarithm of its denominator, lse = m + log l, is enough to average the splits by their share of the whole
-denominator, which is what `combine` does for the splits of a row and `merge` for stores of different kinds.
+denominator, which is what `combine` does for the splits of a row, and a storage for what it holds in two forms.
 
 Inside the kernels exponents and logarithms are to the base 2, which is what GPUs compute.
 """
@@ -24,14 +24,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nanokv.kernels import ROWS
+
 HIDDEN = tl.constexpr(2**31 - 1)  # the position of a forgotten entry, see nanokv/cache.py
 LOG2E = tl.constexpr(math.log2(math.e))
-LIMIT = 64  # query rows per KV head
 WIDEST = 256  # channels per key or value
 PROGRAMS = 512  # splits wanted over all rows: about four for each processor of a large GPU
 SHORTEST = 128  # entries that are worth a split
 MOST_SPLITS = 64
-NVIDIA = ("sm_80", "sm_90", "sm_100")
 TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
@@ -221,7 +221,7 @@ def decode_triton(q: Tensor, k: Tensor, v: Tensor, start: Tensor, length: Tensor
     start[r] if that is None. Slots outside the rows are never read.
 
     Returns o (R, M, Dv) in q's dtype, zeros for a query that sees nothing. With `lse`, o is fp32 and followed by the
-    logarithm of the softmax's denominator, fp32 (R, M), -inf where nothing is seen, see `merge`. With `probs` comes
+    logarithm of the softmax's denominator, fp32 (R, M), -inf where nothing is seen. With `probs` comes
     last p, fp32 (R, M, most), zeros beyond a row's length. NotImplementedError where the kernel is not made for it.
     """
     check(q, k, v)
@@ -278,8 +278,8 @@ def apart(attend, rows: int, q: Tensor, q_pos: Tensor | None):
 
 def check(q, k, v) -> None:
     """Raise if these are not the arguments a kernel was made for."""
-    if q.shape[1] > LIMIT:
-        raise NotImplementedError(f"decode kernels take up to {LIMIT} query rows per KV head, not {q.shape[1]}")
+    if q.shape[1] > ROWS:
+        raise NotImplementedError(f"decode kernels take up to {ROWS} query rows per KV head, not {q.shape[1]}")
     if max(k.shape[1], v.shape[1]) > WIDEST:
         raise NotImplementedError(f"decode kernels take up to {WIDEST} channels, not {max(k.shape[1], v.shape[1])}")
     if k.dtype not in TYPES or v.dtype != k.dtype or q.dtype not in TYPES:
@@ -324,18 +324,6 @@ def results(o, lse, p):
     return (o, *more) if more else o
 
 
-def merge(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
-    """Merge what the same queries found in several stores, each o (R, M, Dv) and lse (R, M).
-
-    Returns o and lse of one store that holds all, and each store's share of the softmax, (n, R, M), by which its
-    probabilities are to be multiplied.
-    """
-    lse = torch.stack([z for _, z in parts])  # (n, R, M)
-    total = lse.logsumexp(0)
-    share = (lse - total).exp().nan_to_num(0.0)  # nothing seen anywhere: -inf - -inf
-    return sum(w[..., None] * o for w, (o, _) in zip(share, parts, strict=True)), total, share
-
-
 def aot_cases() -> dict:
     """Return representative kernels to compile ahead of time: name -> (fn, types, constants, aligned, options).
 
@@ -352,7 +340,7 @@ def aot_cases() -> dict:
     ):  # fmt: skip
         cases |= aot_case(f"decode {TYPES[dtype]}", decode_split, dtype, M, D, D, ROW_K=D, ROW_V=D, UPCAST=False,
                           **flags)  # fmt: skip
-    same = {target: {"num_warps": 4, "num_stages": 1} for target in (*NVIDIA, "gfx942")}
+    same = {target: {"num_warps": 4, "num_stages": 1} for target in ("cuda", "hip")}
     cases["combine D=64"] = (
         combine, {"p_acc": "*fp32", "p_lse": "*fp32", "p_o": "*fp16", "p_total": "*fp32", "n_splits": "i32"},
         {"M": 3, "DV": 64, "BDV": 64, "BS": MOST_SPLITS}, (), same)  # fmt: skip
@@ -374,9 +362,9 @@ def aot_case(name: str, kernel, dtype, M: int, D: int, DV: int, types: dict | No
     title = f"{name} D={D}{f'+{DV}' * (DV != D)} M={M}"
     title += "".join(f" {n.split('_')[-1].lower()}" for n, on in constants.items() if on is True)
     cases = {}
-    for suffix, targets in (("", NVIDIA), (" (AMD)", ("gfx942",))):
+    for suffix, target in (("", "cuda"), (" (AMD)", "hip")):
         own = (sizes or blocks)(dtype, M, D, DV, amd=bool(suffix))
         options = {n: own.pop(n) for n in ("num_warps", "num_stages", "maxnreg") if n in own}
         values = own | flags | constants
-        cases[title + suffix] = kernel, every, values, ("split_len",), dict.fromkeys(targets, options)
+        cases[title + suffix] = kernel, every, values, ("split_len",), {target: options}
     return cases

@@ -8,7 +8,7 @@ A store of low rank holds, instead of k and v, the coordinates z_k and z_v of k 
 
 So it is decode.py's kernel with keys of rank_k and values of rank_v channels, and fewer bytes are read. The term
 q . mean_k, here `shift`, is the same for all entries that a query sees. It cancels in their softmax, but not against
-entries of another store, which are not shifted: it belongs to the lse, which must be asked for and given to `merge`.
+entries of another store, which are not shifted: it belongs to the lse, by which the two are weighed.
 """
 
 import torch

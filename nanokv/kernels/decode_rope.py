@@ -17,9 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nanokv.kernels import ROWS
 from nanokv.kernels.decode import (
     HIDDEN,
-    LIMIT,
     TYPES,
     aot_case,
     apart,
@@ -116,7 +116,7 @@ def decode_rope_triton(q: Tensor, k: Tensor, v: Tensor, start: Tensor, length: T
     """
     if k.shape[1] % 2:
         raise NotImplementedError(f"decode_rope takes an even head_dim, not {k.shape[1]}")
-    if MOST < q.shape[1] <= LIMIT:
+    if MOST < q.shape[1] <= ROWS:
         rest = more | {"cos": cos, "sin": sin, "pos": pos, "col_start": col_start}
         return apart(lambda q, q_pos: decode_rope_triton(q, k, v, start, length, q_pos=q_pos, **rest), MOST, q, q_pos)
     check(q, k, v)

@@ -11,12 +11,12 @@ import triton.language as tl
 from torch import Tensor
 
 from nanokv.kernels import lengths
+from nanokv.kernels.decode import TYPES
 from nanokv.quant import pack, place, quantise
 
 LARGEST = tl.constexpr(65504.0)  # of fp16
 CHANNELS = 128  # per program
 EVEN = tl.constexpr(1.5 * 2**23)  # added to and subtracted from an fp32 number below 2^22: rounded half to even
-DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
 def pack_keys_naive(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -139,7 +139,7 @@ def pack_values_triton(x: Tensor, bits: int, group: int, at: list[int]) -> tuple
 def _sizes(x: Tensor, bits: int, group: int) -> dict:
     """Return what a kernel is compiled for, or raise if there is none."""
     D = x.shape[-1]
-    if bits not in (2, 4, 8) or group < 16 or group & (group - 1) or x.dtype not in DTYPES:
+    if bits not in (2, 4, 8) or group < 16 or group & (group - 1) or x.dtype not in TYPES:
         raise NotImplementedError(f"no packing kernel for {bits} bits in groups of {group} of {x.dtype}")
     BD = max(group, min(CHANNELS, triton.next_power_of_2(D)))
     return {"D": D, "BD": BD, "BITS": bits, "GROUP": group, "num_warps": 4, "num_stages": 1}
@@ -148,13 +148,13 @@ def _sizes(x: Tensor, bits: int, group: int) -> dict:
 def aot_cases() -> dict:
     """Return representative kernels to compile ahead of time: name -> (fn, types, constants, aligned, options)."""
     cases = {}
-    options = {t: {"num_warps": 4, "num_stages": 1} for t in ("sm_80", "sm_90", "sm_100", "gfx942")}
+    options = {t: {"num_warps": 4, "num_stages": 1} for t in ("cuda", "hip")}
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         for bits in (2, 4, 8):
             for D in (64, 128):
-                types = {"p_x": f"*{DTYPES[dtype]}", "p_code": "*u8", "p_scale": "*fp16", "p_low": "*fp16"}
+                types = {"p_x": f"*{TYPES[dtype]}", "p_code": "*u8", "p_scale": "*fp16", "p_low": "*fp16"}
                 sizes = {"D": D, "BD": D, "BITS": bits, "GROUP": 32}
-                name = f"{DTYPES[dtype]} {bits}-bit D={D}"
+                name = f"{TYPES[dtype]} {bits}-bit D={D}"
                 cases[f"pack keys {name}"] = (pack_keys, types, sizes, (), options)
                 more = {"p_at": "*i32", "t": "i32", "n_groups": "i32"}
                 cases[f"pack values {name}"] = (pack_values, types | more, sizes, (), options)

@@ -66,13 +66,13 @@ def measure(kernel: str, name: str, target: str) -> dict:
     tile = constants.get("BT")  # entries of an iteration
     if tile and out["loop"]:
         out["per_token"] = out["loop"] * options["num_warps"] / tile
-    del out["names"]
     return out
 
 
 def _key(options: dict, target: str) -> str | None:
     """Return under which name a case holds its options for a target; None: it is for other targets."""
-    return next((k for k in (target, "hip" if target.startswith("gfx") else "cuda") if k in options), None)
+    key = "hip" if target.startswith("gfx") else "cuda"
+    return key if key in options else None
 
 
 def held(kind: str, D: int) -> float:
