@@ -375,7 +375,11 @@ class Policy(Method):
         """Act before n_new entries are appended. Most policies do not."""
 
     def __call__(self, cache: LayerCache, q: Tensor, pos: Tensor) -> None:
-        """Act after attention; q (B, H, T, D) is not rotated. Look at cache.phase to know when to act."""
+        """Act after attention; q (B, H, T, D) is not rotated. Look at cache.phase to know when to act.
+
+        In a decode step of one token `before` is called for all layers before the first layer, this after the last one,
+        unless a plan acts between layers.
+        """
 
 
 class Plan(Policy):
@@ -479,7 +483,7 @@ class LayerCache:
         of all layers find in the processor's caches what the next layer's weights would have driven out.
         """
         self._asked, self._mask = (q, pos), None
-        if self.phase != "decode" or q.shape[2] > 1:
+        if self.phase != "decode" or q.shape[2] > 1 or self.parent.rerouted:
             self.act()
 
     def act(self) -> None:
@@ -854,7 +858,7 @@ class KVCache:
         self.needs_sums = next((m.needs_sums for m in self.methods if m.needs_sums), "")
         self.waits = any(m.waits for m in self.methods)
         self.observes = max(m.observes for m in self.methods)
-        hooks = ("before_layer", "after_layer")
+        hooks = ("before_layer", "after_layer")  # with them layers may read different tokens
         self.rerouted = self.plan and any(getattr(type(self.plan), h) is not getattr(Plan, h) for h in hooks)
         self._check()
         self.reset()

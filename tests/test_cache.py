@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import nanokv
 from nanokv import KVCache, attention, methods, specs
 from nanokv.attention import Mask, attend, probs, ragged, reference
-from nanokv.cache import HIDDEN, Policy, Rows, Storage, spare, top
+from nanokv.cache import HIDDEN, Plan, Policy, Rows, Storage, spare, top
 from nanokv.methods.full import Full
 
 
@@ -800,3 +800,46 @@ def test_parts_of_a_cache_that_is_gone_say_so():
     for part in (lambda: layer.phase, storage.read):
         with pytest.raises(ReferenceError, match="no longer exists"):
             part()
+
+
+@pytest.mark.parametrize("rerouted", [False, True])
+def test_a_step_of_one_token_acts_on_all_layers_in_a_row(rerouted):
+    """Unless a plan acts between layers, which then finds them as after any other pass."""
+    events = []
+
+    class Note(Policy):
+        name = "note"
+
+        def before(self, cache, n_new):
+            events.append(f"before {cache.layer}")
+
+        def __call__(self, cache, q, pos):
+            events.append(f"after {cache.layer}")
+            assert cache.size == cache.n_slots[0] == cache.storage.kv.n[0]
+
+    class Between(Plan):
+        name = "between"
+
+        def after_layer(self, cache, i, x, pos):
+            events.append(f"plan {i}")
+            return x, pos
+
+    class Noted(Full):
+        def attend(self, q, pos):
+            events.append(f"attend {self.cache.layer}")
+            return super().attend(q, pos)
+
+    m = tiny.model(n_layers=2)
+    cache = KVCache(m, [Noted(), Note(), *([Between()] if rerouted else [])])
+    tiny.feed(m, cache, tiny.ids(9))
+    of = lambda i: [f"before {i}", f"attend {i}", f"after {i}", *([f"plan {i}"] if rerouted else [])]  # noqa: E731
+    assert events == of(0) + of(1)
+    events.clear()
+    with cache.decoding():
+        m(tiny.ids(3), cache)
+    assert events == of(0) + of(1)
+    events.clear()
+    m(tiny.ids(1), cache)
+    together = [f"{what} {i}" for what in ("before", "attend", "after") for i in (0, 1)]
+    assert events == (of(0) + of(1) if rerouted else together)
+    assert cache.layers[0]._asked is cache.layers[0]._mask is cache.layers[0]._expected is None
