@@ -57,6 +57,9 @@ class Rows:
         self.data: dict[str, Tensor] = {}  # field -> (sum of cap, ...)
         self._wide: dict[str, tuple] = {}  # field -> the tensor in `data`, and the same as (R, cap, ...) of equal rows
 
+    def __getstate__(self) -> dict:
+        return vars(self) | {"_wide": {}}  # pickled, its tensors would be others than those in `data`
+
     @property
     def size(self) -> int:
         """Return the length of the longest row."""
@@ -377,8 +380,8 @@ class Policy(Method):
     def __call__(self, cache: LayerCache, q: Tensor, pos: Tensor) -> None:
         """Act after attention; q (B, H, T, D) is not rotated. Look at cache.phase to know when to act.
 
-        In a decode step of one token `before` is called for all layers before the first layer, this after the last one,
-        unless a plan acts between layers.
+        In a decode step of one token on a CPU `before` is called for all layers before the first layer, this after the
+        last one, unless a plan acts between layers. Other layers may not be looked at in `before`.
         """
 
 
@@ -448,7 +451,7 @@ class LayerCache:
     def expect(self, token: Tensor) -> None:
         """Make room for new entries, of tokens (B, T), and number them.
 
-        Before a step of one token this is done for all layers at once, for the reason that `compress` gives.
+        Before a step of one token on a CPU this is done for all layers at once, for the reason that `compress` gives.
         """
         T = token.shape[1]
         for policy in self.policies:
@@ -457,7 +460,7 @@ class LayerCache:
         self._at_rest = False
         self._expected = self._next_ranks(T) if self.renumbers else token
         self._grow(token)
-        if T == 1 and self.phase == "decode" and self.equal:
+        if self.parent.together and self.equal:
             self._mask = self.mask(self._expected)
             self._mask.additive(torch.float32 if self.parent.needs_probs else self.parent.dtype)
 
@@ -479,11 +482,11 @@ class LayerCache:
     def compress(self, q: Tensor, pos: Tensor) -> None:
         """Let policies forget entries, then let the storage pack what is left. q (B, H, T, D) is not rotated.
 
-        A step of one token waits with it for the last layer (`KVCache.end`): one after the other, the small operations
-        of all layers find in the processor's caches what the next layer's weights would have driven out.
+        A step of one token on a CPU waits with it for the last layer (`KVCache.end`): one after the other, the small
+        operations of all layers find in the processor's caches what the next layer's weights would have driven out.
         """
         self._asked, self._mask = (q, pos), None
-        if self.phase != "decode" or q.shape[2] > 1 or self.parent.rerouted:
+        if not self.parent.together:
             self.act()
 
     def act(self) -> None:
@@ -559,7 +562,8 @@ class LayerCache:
     def between(self, first: int, last: int) -> Tensor:
         """Return which slots live, but for the `first` oldest and the `last` newest, bool like `rank`."""
         if self._apart(first, last):  # the first and the last slots
-            out = self.live.clone()
+            everything = torch.ones(1, 1, self.size, dtype=torch.bool, device=self.device)
+            out = self.live.clone() if self._hidden else everything
             out[..., :first] = out[..., max(0, self.size - last) :] = False
             return out
         rank = self.rank
@@ -858,8 +862,8 @@ class KVCache:
         self.needs_sums = next((m.needs_sums for m in self.methods if m.needs_sums), "")
         self.waits = any(m.waits for m in self.methods)
         self.observes = max(m.observes for m in self.methods)
-        hooks = ("before_layer", "after_layer")  # with them layers may read different tokens
-        self.rerouted = self.plan and any(getattr(type(self.plan), h) is not getattr(Plan, h) for h in hooks)
+        own = type(self.plan) if self.plan else Plan  # a plan that acts between layers may give them different tokens
+        self.rerouted = (own.before_layer, own.after_layer) != (Plan.before_layer, Plan.after_layer)
         self._check()
         self.reset()
 
@@ -893,6 +897,7 @@ class KVCache:
         self.next_position = 0  # the token index of the next token (padding counted), which is not the stored length
         self.pads: list[int] = []  # tokens of padding before each sequence, where there are any
         self.phase, self._prompt_left, self._forced, self._under_way = "decode", 0, None, False
+        self.together = False  # a step is under way in which policies act on all layers in a row
 
     # What the model calls
 
@@ -916,9 +921,10 @@ class KVCache:
         pos = torch.arange(self.next_position, self.next_position + T, device=ids.device).expand(B, T)
         if self.pads:
             pos = (pos - torch.tensor(self.pads, device=ids.device)[:, None]).clamp(min=-1)
-        if self.phase == "decode" and T == 1 and first.storage and not self.rerouted:
-            for layer in self.layers:
-                layer.expect(pos)
+        self.together = self.phase == "decode" and T == 1 and first.storage is not None
+        self.together &= ids.is_cpu and not self.rerouted
+        for layer in self.layers if self.together else []:
+            layer.expect(pos)
         return pos
 
     def before_layer(self, i: int, x: Tensor, pos: Tensor) -> tuple[Tensor, Tensor]:

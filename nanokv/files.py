@@ -2,20 +2,24 @@
 
 import json
 import os
+import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
 
 @contextmanager
 def whole(path):
-    """Yield a temporary name beside `path`; what is written there takes its place at the end, or nothing does."""
+    """Yield a temporary file beside `path`; what is written there takes its place at the end, or nothing does."""
     path = Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    handle, part = tempfile.mkstemp(".part", f".{path.name[:100]}.", path.parent)
+    os.close(handle)
     try:
-        yield part
-        part.replace(path)
+        yield Path(part)
+        os.umask(mask := os.umask(0))  # a temporary file is private, this one is as any other
+        os.chmod(part, 0o666 & ~mask)
+        os.replace(part, path)
     except BaseException:
-        part.unlink(missing_ok=True)
+        Path(part).unlink(missing_ok=True)
         raise
 
 

@@ -161,15 +161,19 @@ def test_memory_is_free_when_a_cache_is(name, end, m):
 
 @each
 @pytest.mark.parametrize("how", [KVCache.clone, copy.deepcopy, lambda c: pickle.loads(pickle.dumps(c))])
-def test_copies_of_a_cache_go_on_alone(name, how, m):
-    """(f) as the original would have, whatever becomes of it."""
+def test_copies_of_a_cache_go_on_alone(name, how, m, tmp_path):
+    """(f) as the original would have, whatever becomes of it, and can be saved in turn."""
     cache = KVCache(m, [small(name)])
     tiny.feed(m, cache, tiny.ids(100), parts(cache, 40))
+    tiny.steps(m, cache, tiny.ids(2))
     twin, text = how(cache), tiny.ids(9)
     want = tiny.steps(m, cache, text)
     assert all(c.parent.layers is twin.layers and c.storage.cache.slots is c.slots for c in twin.layers)
     del cache
     assert torch.equal(tiny.steps(m, twin, text), want)
+    twin.save(tmp_path / "twin")
+    loaded = KVCache.load(tmp_path / "twin", m)
+    assert torch.equal(tiny.steps(m, loaded, text), tiny.steps(m, twin, text))
 
 
 # (c) the prompt's own logits do not depend on how it was cut, where the whole prompt is read exactly

@@ -1,6 +1,8 @@
 """Saving, loading and cloning a cache."""
 
+import os
 import random
+import threading
 
 import pytest
 import tiny
@@ -87,6 +89,40 @@ def test_another_model_is_refused(m, tmp_path):
     for other in (tiny.model(seed=1), tiny.model(dtype=torch.bfloat16), tiny.model(rope_theta=500.0)):
         with pytest.raises(ValueError, match="another model"):
             KVCache.load(tmp_path / "c", other)
+
+
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o077, 0o600)])
+def test_a_saved_cache_is_a_file_as_any_other(m, mask, mode, tmp_path):
+    before = os.umask(mask)
+    try:
+        KVCache(m).save(tmp_path / "c")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "c").stat().st_mode & 0o777 == mode
+
+
+@pytest.mark.parametrize("path", ["missing/c", ""])
+def test_where_nothing_can_be_written_it_is_an_os_error(m, path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OSError):
+        KVCache(m).save(path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_two_may_save_to_one_path(m, tmp_path):
+    long, tries = tmp_path / ("c" * 250), []
+
+    def save():
+        for _ in range(20):
+            KVCache(m).save(long)
+            tries.append(KVCache.load(long, m))
+
+    threads = [threading.Thread(target=save) for _ in range(3)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert len(tries) == 60 and [f.name for f in tmp_path.iterdir()] == [long.name]
 
 
 def test_a_failed_save_leaves_the_old_file(m, tmp_path, monkeypatch):
