@@ -591,6 +591,13 @@ def test_a_long_cache_cut_among_threads_gives_the_same(threads, N, T, monkeypatc
         torch.set_num_threads(before)
 
 
+def test_a_mask_is_made_once_in_each_dtype():
+    mask = Mask(1, 4, see=torch.tensor([[[[True, False, True, True]]]]))
+    made = {dtype: mask.additive(dtype) for dtype in (torch.float32, torch.bfloat16)}
+    for dtype, add in made.items():
+        assert add.dtype is dtype and add.flatten().tolist() == [0, -torch.inf, 0, 0] and mask.additive(dtype) is add
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("T", [1, 5, 40, 300])
 def test_values_may_be_wider_than_keys(T, dtype, monkeypatch):

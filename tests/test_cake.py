@@ -73,7 +73,9 @@ def test_neighbours_are_the_nearest_live_entries():
     line = [5, 1, 2, 3, 4, 6]
     want = [sum(line[max(0, j - 2) : j + 3]) / 5 for j in range(6)]
     got = pool_neighbours(score, among, 5, "avg")
-    assert got[among].tolist() == pytest.approx(want)
+    assert got[among].tolist() == pytest.approx(want) and not got[~among].any()
+    everything = pool_neighbours(score, torch.ones_like(among), 5, "avg")
+    assert torch.equal(everything, torch.avg_pool1d(score, 5, stride=1, padding=2))
 
 
 layers = st.lists(st.tuples(st.one_of(st.just(0.0), st.floats(1e-9, 1e3)), st.integers(0, 60)), min_size=1, max_size=8)
