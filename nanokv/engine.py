@@ -1,4 +1,4 @@
-"""Reading a prompt in parts, the decode loop, and choosing the next token."""
+"""Reading prompts in parts, the decode loop, and choosing the next token."""
 
 from collections.abc import Callable, Iterable, Iterator
 
@@ -10,21 +10,24 @@ from nanokv.cache import KVCache
 CHUNK = 2048  # prompt tokens per pass in fp32, twice as many in 16 bits: bounds activations, keeps a processor busy
 
 
-def prefill(
-    model, cache: KVCache, ids: Tensor, chunk: int | None = None, progress: Callable | None = None, pads=None
-) -> Tensor:
-    """Read a prompt ids (B, T) in parts of at most `chunk` tokens (None: see CHUNK); return the last logits (B, vocab).
+@torch.no_grad()
+def prefill(model, cache: KVCache, prompts, chunk: int | None = None, progress: Callable | None = None) -> Tensor:
+    """Read one prompt per sequence, lists of token ids or a tensor (B, T), in parts; return the last logits (B, vocab).
 
-    The cache treats the parts as one prompt. `progress` is called with the number of tokens read after each part.
-    `pads` are the tokens of padding at the beginning of each sequence.
+    An empty list reads nothing. Prompts are cut into parts of at most `chunk` tokens (None: see CHUNK), each prompt as
+    it would be alone, and end together. `progress` is called with the number of tokens read after each part.
     """
-    chunk = chunk or CHUNK * 4 // model.embed.weight.element_size()
-    step = min(c for c in (chunk, cache.chunk, ids.shape[1]) if c)
-    with cache.prompt(ids.shape[1], pads):
-        for part in ids.split(step, dim=1):
-            logits = model(part, cache, last=True)
-            if progress:
-                progress(part.shape[1])
+    prompts = [list(p) for p in (prompts.tolist() if isinstance(prompts, Tensor) else prompts)]
+    chunk = chunk or CHUNK * 4 // model.embed_tokens.weight.element_size()
+    step = min(c for c in (chunk, cache.chunk) if c)
+    parts = [[p[i : i + step] for i in range(0, len(p), step)] for p in prompts]
+    n = max(map(len, parts))
+    for i in range(n):
+        here = [own[i - n + len(own)] if i >= n - len(own) else [] for own in parts]
+        phase = None if n == 1 else "last" if i == n - 1 else "prompt"
+        logits = model(_batch(here), cache, phase, last=True)
+        if progress:
+            progress(max(map(len, here)))
     return logits[:, -1]
 
 
@@ -33,7 +36,7 @@ def generate(model, cache: KVCache, ids, max_new_tokens: int = 128, **options) -
 
     Ends after max_new_tokens, before a token of `stop`, or when the model's context is full (never, where the cache
     renumbers). Unless a stop token ended the text, the last token yielded has not been read into the cache: pass it
-    first to go on. Options and errors are those of `generate_batch`.
+    alone to go on, which is a step and not a new prompt. Options and errors are those of `generate_batch`.
     """
     ids = torch.as_tensor(ids)
     if ids.dim() > 1 and len(ids) != 1:
@@ -42,6 +45,7 @@ def generate(model, cache: KVCache, ids, max_new_tokens: int = 128, **options) -
         yield token
 
 
+@torch.no_grad()
 def generate_batch(
     model,
     cache: KVCache,
@@ -61,43 +65,55 @@ def generate_batch(
 ) -> Iterator[list[int | None]]:
     """Continue several prompts together; yield per step one token for each, None for those that have ended.
 
-    With max_new_tokens 0 the prompts are read, and that is all.
+    Each sequence gets what it would get alone. One that has ended is not fed, and can go on later with a prompt of its
+    own; one whose later prompt is empty pauses. With max_new_tokens 0 the prompts are read, and that is all.
 
-    Each sequence gets what it would get alone (a method that cannot promise this refuses prompts of unequal lengths).
     temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 switch those filters off; with a seed, every sequence draws as
-    it would alone. `watch` is called after every pass with the ids that were read (B, T), padding included, and the
-    logits that follow them (B, vocab). Raises ValueError for an empty or too long prompt and for options out of range.
+    it would alone. The repetition penalty applies to all that the cache has read. `watch` is called after every pass
+    with the ids that were read (B, T), -1 where a sequence read nothing, and the logits that follow them (B, vocab).
+    Raises ValueError for an empty batch, an empty or too long prompt and for options out of range.
     """
-    longest = max(map(len, prompts), default=0)
-    _check(cache, min(map(len, prompts), default=0), longest, temperature, top_k, top_p, min_p, repetition_penalty)
-    if max_new_tokens < 0 or (chunk is not None and chunk < 1):
-        raise ValueError("max_new_tokens must be at least 0, and chunk at least 1")
-    if bad := [t for p in prompts for t in p if not (isinstance(t, int) and 0 <= t < model.config.vocab)]:
-        raise ValueError(f"a token id must be a whole number from 0 to {model.config.vocab - 1}, got {bad[0]}")
-    pads = [longest - len(p) for p in prompts]
-    device = model.embed.weight.device
-    ids = torch.tensor([[0] * n + list(p) for n, p in zip(pads, prompts, strict=True)], device=device)
-    seen = [set(p) if repetition_penalty != 1 else set() for p in prompts]
-    stop, done = set(stop), [False] * len(prompts)
+    prompts = [list(p) for p in prompts]
+    _check_prompts(cache, prompts)
+    _check_options(max_new_tokens, chunk, temperature, top_k, top_p, min_p, repetition_penalty)
+    done, stop = [not p for p in prompts], set(stop)
     draws = [_generator(seed) if temperature > 0 else None for _ in prompts]
-    logits = prefill(model, cache, ids, chunk, progress, pads)
+    ids, logits = _batch(prompts), _read(model, cache, prompts, chunk, progress)
     for i in range(max_new_tokens):
         if i > 0:
-            if not cache.renumbers and cache.next_position >= cache.config.context:
+            full = [not cache.renumbers and n >= cache.config.context for n in cache.next_position]
+            done = [ended or over for ended, over in zip(done, full, strict=True)]
+            if all(done):
                 return
+            ids = torch.tensor([[-1 if ended else token] for ended, token in zip(done, tokens, strict=True)])
             logits = model(ids, cache, last=True)[:, -1]
         if watch:
             watch(ids, logits)
-        tokens = []
-        for b, row in enumerate(logits):
-            token = sample(row, temperature, top_k, top_p, min_p, repetition_penalty, seen[b], draws[b])
-            done[b] = done[b] or token in stop
-            tokens.append(None if done[b] else token)
-            seen[b].add(token)
+        if temperature == 0 and repetition_penalty == 1:
+            tokens = logits.argmax(-1).tolist()  # on the device: only tokens are copied to the host
+        else:
+            rows = zip(logits, cache.ids, draws, strict=True)
+            tokens = [sample(row, temperature, top_k, top_p, min_p, repetition_penalty, *more) for row, *more in rows]
+        done = [ended or token in stop for ended, token in zip(done, tokens, strict=True)]
         if all(done):
             return
-        yield tokens
-        ids = torch.tensor([[token or 0] for token in tokens], device=device)
+        yield [None if ended else token for ended, token in zip(done, tokens, strict=True)]
+
+
+def _batch(prompts: list[list[int]]) -> Tensor:
+    """Return prompts as one tensor (B, T), -1 in front of shorter ones."""
+    longest = max(map(len, prompts))
+    return torch.tensor([[-1] * (longest - len(p)) + p for p in prompts])
+
+
+def _read(model, cache, prompts, chunk, progress) -> Tensor:
+    """Read prompts, of which a single token is a step for a sequence that has read others, as it would be alone."""
+    steps = [p if len(p) == 1 and any(cache.next_position) else [] for p in prompts]
+    if not any(steps) or all(len(p) < 2 for p in prompts):
+        return prefill(model, cache, prompts, chunk, progress)
+    stepped = prefill(model, cache, steps, chunk, progress)
+    read = prefill(model, cache, [p if len(p) > 1 else [] for p in prompts], chunk, progress)
+    return torch.stack([a if step else b for step, a, b in zip(steps, stepped, read, strict=True)])
 
 
 def _generator(seed: int | None) -> torch.Generator:
@@ -106,17 +122,27 @@ def _generator(seed: int | None) -> torch.Generator:
     return rng
 
 
-def _check(cache, shortest, n, temperature, top_k, top_p, min_p, repetition_penalty) -> None:
-    if shortest == 0:
+def _check_prompts(cache: KVCache, prompts: list[list[int]]) -> None:
+    if not prompts:
+        raise ValueError("the batch is empty")
+    if not any(prompts) or (not cache.B and not all(prompts)):
         raise ValueError("the prompt is empty")
+    if bad := [t for p in prompts for t in p if not (isinstance(t, int) and 0 <= t < cache.config.vocab)]:
+        raise ValueError(f"a token id must be a whole number from 0 to {cache.config.vocab - 1}, got {bad[0]}")
     context = cache.config.context
-    if not cache.renumbers and cache.next_position + n > context:
-        held = f" after the {cache.next_position} already read" if cache.next_position else ""
-        raise ValueError(
-            f"the prompt has {n} tokens{held}, the model's context {context}; methods that renumber positions, "
-            "such as streamingllm, have no such limit"
-        )
+    for prompt, read in zip(prompts, cache.next_position or [0] * len(prompts), strict=False):
+        if not cache.renumbers and prompt and read + len(prompt) > context:
+            held = f" after the {read} already read" if read else ""
+            raise ValueError(
+                f"the prompt has {len(prompt)} tokens{held}, the model's context {context}; methods that renumber "
+                "positions, such as streamingllm, have no such limit"
+            )
+
+
+def _check_options(max_new_tokens, chunk, temperature, top_k, top_p, min_p, repetition_penalty) -> None:
     for name, ok, what in (
+        ("max_new_tokens", max_new_tokens >= 0, "at least 0"),
+        ("chunk", chunk is None or chunk >= 1, "at least 1"),
         ("temperature", temperature >= 0, "at least 0"),
         ("top_k", top_k >= 0, "at least 0"),
         ("top_p", 0 < top_p <= 1, "above 0 and at most 1"),
@@ -127,15 +153,15 @@ def _check(cache, shortest, n, temperature, top_k, top_p, min_p, repetition_pena
             raise ValueError(f"{name} must be {what}")
 
 
-def sample(logits: Tensor, temperature, top_k, top_p, min_p, repetition_penalty, seen, rng) -> int:
-    """Choose a token from logits (vocab,); `seen` are the ids that the repetition penalty applies to.
+def sample(logits: Tensor, temperature, top_k, top_p, min_p, repetition_penalty, seen: Tensor, rng) -> int:
+    """Choose a token from logits (vocab,); `seen` are the ids (n,) that the repetition penalty applies to.
 
     The penalty divides positive logits and multiplies negative ones (arXiv 1909.05858); then temperature, top-k,
     top-p (the fewest tokens whose mass reaches top_p) and min-p (at least min_p times the likeliest), in this order.
     """
     logits = logits.float().cpu()
-    if repetition_penalty != 1 and seen:
-        at = torch.tensor(sorted(seen))
+    if repetition_penalty != 1 and len(seen):
+        at = seen.long().unique()
         old = logits[at]
         logits = logits.index_copy(0, at, torch.where(old > 0, old / repetition_penalty, old * repetition_penalty))
     if temperature == 0:

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import re
+from dataclasses import fields
 
 import torch
 from safetensors import safe_open
@@ -15,11 +16,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nanokv.files import whole
+from nanokv.layer import Pass
+from nanokv.method import Storage
+from nanokv.rows import Rows
 
-FORMAT = "3"
+FORMAT = "4"
 ZEROS = b"0" * 64
-# what a LayerCache knows beside its tensors
-LAYER = ("n_slots", "counts", "fills", "same", "_settled", "B", "n_rows")
+LAYER = ("B", "n_slots", "counts", "fills", "settled", "moved")  # what a LayerCache knows beside its tensors
 
 
 def fingerprint(model) -> str:
@@ -34,9 +37,10 @@ def fingerprint(model) -> str:
 def save(cache, path) -> None:
     """Write `cache` to `path`: to a temporary name beside it first, then renamed."""
     tensors: dict[str, Tensor] = {}
-    state = {"next_position": cache.next_position, "pads": cache.pads, "layers": []}
+    state = {"next_position": cache.next_position, "ids": _encode(cache._ids, "ids", tensors), "layers": []}
     for i, layer in enumerate(cache.layers):
-        state["layers"].append(_layer_state(layer, str(i), tensors) if layer.storage else None)
+        owns = layer.layer == i and layer.slots is not None
+        state["layers"].append(_layer_state(layer, str(i), tensors) if owns else None)
     meta = {"nanokv": FORMAT, "torch": torch.__version__, "spec": cache.spec, "model": fingerprint(cache.model),
             "state": json.dumps(state), "checksum": ZEROS.decode()}  # fmt: skip
     with whole(path) as part:
@@ -55,19 +59,23 @@ def load(cls, path, model):
         digest, noted, _ = _checksum(f)
         if digest != noted:
             raise ValueError(f"{path} is damaged, or is no saved cache: its checksum does not fit")
-    with safe_open(path, "pt", device=str(model.embed.weight.device)) as f:
+    with safe_open(path, "pt", device=str(model.embed_tokens.weight.device)) as f:
         meta, tensors = f.metadata(), {name: f.get_tensor(name).clone() for name in f.keys()}  # noqa: SIM118
     if meta["nanokv"] != FORMAT:
         raise ValueError(f"{path} has format {meta['nanokv']}; this version of nanokv reads format {FORMAT}")
     if meta["model"] != fingerprint(model):
         raise ValueError(f"{path} was made with another model, or with this one in another dtype")
     cache, state = cls(model, meta["spec"]), json.loads(meta["state"])
-    cache.next_position, cache.pads = state["next_position"], state["pads"]
-    if not cache.renumbers:
-        cache.rope.reserve(cache.next_position)
+    cache.next_position, cache.B = state["next_position"], len(state["next_position"])
+    if cache.B:
+        cache.rope.reserve(max(cache.next_position) + 1)
+        cache._ids = _decode(state["ids"], tensors, Rows(cache.B))
+        cache._ids.data = {name: ids.cpu() for name, ids in cache._ids.data.items()}
+    nothing = Pass("decode", torch.empty(cache.B, 0), [0] * cache.B, cache.next_position)
     for layer, saved in zip(cache.layers, state["layers"], strict=True):
+        layer.now = nothing
         if saved:
-            _restore_layer(layer, saved, tensors, model.embed.weight.device)
+            _restore_layer(layer, saved, tensors, model.embed_tokens.weight.device)
     return cache
 
 
@@ -92,7 +100,7 @@ def _layer_state(layer, name: str, tensors: dict) -> dict:
 
 
 def _restore_layer(layer, saved: dict, tensors: dict, device) -> None:
-    layer._allocate(saved["B"], device)
+    layer.allocate(saved["B"], device)
     for k in LAYER:
         setattr(layer, k, saved[k])
     for k in ("slots", "storage"):
@@ -111,9 +119,10 @@ def _encode(value, name: str, tensors: dict):
         return [_encode(v, f"{name}.{i}", tensors) for i, v in enumerate(value)]
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    if type(value).__module__.startswith("nanokv."):  # Rows, storages and the parts that they are made of
-        known = ("cache", "parameters", "name", "source", *getattr(value, "derived", ()))
-        parts = {k: v for k, v in vars(value).items() if k not in known}
+    if isinstance(value, (Rows, Storage)):
+        left_out = ["_where", "basis", *getattr(value, "derived", ())]
+        left_out += [f.name for f in fields(value)] if isinstance(value, Storage) else []
+        parts = {k: v for k, v in vars(value).items() if k not in left_out}
         return {"object": {k: _encode(v, f"{name}.{k}", tensors) for k, v in parts.items()}}
     raise NotImplementedError(f"{name} is a {type(value).__name__}, which a saved cache cannot hold")
 

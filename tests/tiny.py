@@ -14,11 +14,10 @@ def model(
     c = Config(n_layers, heads, n_kv_heads, head_dim, 64, 96, vocab, context, **({"tied": False} | config))
     m = Decoder(c).eval().requires_grad_(False)
     for block in m.layers:
-        q, k, _ = block.attn.qkv.weight.split(block.attn.widths)
-        for w in (q, k):
-            w.mul_(6.0)  # logits with a standard deviation of about 2
-    m.head.weight.mul_(6.0)
-    return m.to(dtype).arrange()
+        for proj in (block.self_attn.q_proj, block.self_attn.k_proj):
+            proj.weight.mul_(6.0)  # logits with a standard deviation of about 2
+    m.lm_head.weight.mul_(6.0)
+    return m.to(dtype)
 
 
 def ids(n, seed=1, vocab=101, batch=1) -> torch.Tensor:
@@ -33,12 +32,11 @@ def rms(a, b) -> float:
 
 
 def feed(m, cache, tokens, chunk=None) -> torch.Tensor:
-    """Read tokens (B, T) as one prompt; return all logits."""
-    with cache.prompt(tokens.shape[1]):
-        return torch.cat([m(part, cache) for part in tokens.split(chunk or tokens.shape[1], 1)], 1)
+    """Read tokens (B, T) as one prompt, in parts of `chunk`; return all logits."""
+    *parts, end = tokens.split(chunk or cache.chunk or tokens.shape[1], 1)
+    return torch.cat([*(m(part, cache, "prompt") for part in parts), m(end, cache, "last")], 1)
 
 
 def steps(m, cache, tokens) -> torch.Tensor:
     """Read tokens (B, T) one at a time, as generated text; return all logits."""
-    with cache.decoding():
-        return torch.cat([m(tokens[:, i : i + 1], cache) for i in range(tokens.shape[1])], 1)
+    return torch.cat([m(tokens[:, i : i + 1], cache, "decode") for i in range(tokens.shape[1])], 1)

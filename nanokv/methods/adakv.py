@@ -21,67 +21,28 @@ Differs: scores as in SnapKV, per KV head, with the group reduced before pooling
     budget below the window keeps the newest `budget` entries of each head.
 """
 
-import torch
+from dataclasses import dataclass
 
-from nanokv.attention import window_scores
-from nanokv.cache import Policy, top
-
-
-def all_heads(t):
-    """Lay t (B, Hkv, N) out as one list per sequence, (B, 1, N * Hkv), older slots first."""
-    return t.transpose(1, 2).flatten(1)[:, None]
+from nanokv.attention import top
+from nanokv.method import Plan
 
 
-class AdaKV(Policy):
-    """Cut a prompt to budget entries per KV head on average. alpha: the share of an even allocation that each head is
-    sure of; variant: guard, mix or kvpress; window, kernel, pooling and reduce as in SnapKV.
+@dataclass
+class AdaKV(Plan):
+    """Share a layer's budget out among its KV heads by any policy's scores. alpha: the share of an even allocation that
+    each head is sure of.
     """
 
-    def __init__(self, budget: int = 512, window: int = 32, alpha: float = 0.2, kernel: int = 7, pooling: str = "max",
-                 reduce: str = "mean", variant: str = "guard"):  # fmt: skip
-        for name, value, ok, what in (
-            ("budget", budget, budget >= 1, "at least 1"),
-            ("window", window, window >= 1, "at least 1"),
-            ("alpha", alpha, 0 <= alpha <= 1, "from 0 to 1"),
-            ("kernel", kernel, kernel >= 1 and kernel % 2, "odd and at least 1"),
-            ("pooling", pooling, pooling in ("max", "avg"), "max or avg"),
-            ("reduce", reduce, reduce in ("mean", "max", "sum"), "mean, max or sum"),
-            ("variant", variant, variant in ("guard", "mix", "kvpress"), "guard, mix or kvpress"),
-        ):
-            if not ok:
-                raise ValueError(f"adakv: {name} must be {what}, got {value}")
-        self.budget, self.window, self.alpha = budget, min(window, budget), alpha
-        self.kernel, self.pooling, self.reduce, self.variant = kernel, pooling, reduce, variant
-        self.observes = self.window
+    alpha: float = 0.2
+    brings = ("snapkv", {})
+    limits = {"alpha": (lambda x: 0 <= x <= 1, "from 0 to 1")}
 
-    def most(self, prompt, new):
-        return min(prompt, self.budget) + new
-
-    def __call__(self, cache, q, pos):
-        if cache.phase == "last" and cache.n_live > self.budget:
-            score = window_scores(cache, self.window, self.kernel, self.pooling, self.reduce)
-            old = cache.between(0, self.window).expand_as(score)
-            cache.keep((self._mix if self.variant == "mix" else self._guard)(score, old) | ~old)
-
-    def _guard(self, score, old):
-        """Return which of the old entries stay, bool (B, Hkv, N), some of each head before all others."""
-        b = self.budget - self.window
-        g = int(self.alpha * b) if self.variant == "guard" else max(0, int(self.alpha * self.budget) - self.window)
-        safe = top(score, g, old)
-        left = b * score.shape[1] - safe.sum((1, 2)).view(-1, 1, 1)
-        return safe | self._best(score, left, old & ~safe)
-
-    def _mix(self, score, old):
-        """Return which of the old entries stay: (1 - alpha) * free + floor(alpha * even) per head, rounded."""
-        n = (self.budget - self.window) * score.shape[1]
-        free = self._best(score, n, old).sum(-1, keepdim=True).double()  # (B, Hkv, 1)
-        order = torch.argsort(score.masked_fill(~old, -torch.inf), dim=-1, descending=True, stable=True)
-        place = torch.argsort(order, dim=-1)
-        # the share less the place falls by one from a head's best entry to its next, so the n highest are the shares
-        # rounded, largest remainders first; the even part, the same for all heads, makes no difference to that
-        return self._best((1 - self.alpha) * free - place, n, old)
-
-    def _best(self, score, n, among):
-        """Return the n best of all heads' entries together, bool (B, Hkv, N)."""
-        best = top(all_heads(score), n, all_heads(among))
-        return best.unflatten(-1, (-1, score.shape[1]))[:, 0].transpose(1, 2)
+    def shares(self, cache, score, policy):
+        """Count each head's entries among the best of all heads."""
+        fixed, Hkv = policy.n_sink + policy.n_recent, score.shape[1]
+        among, b = cache.between(policy.n_sink, policy.n_recent).expand_as(score), policy.budget - fixed
+        safe = top(score, int(self.alpha * b), among)
+        flat = lambda t: t.transpose(1, 2).flatten(1)[:, None]  # one list per sequence, older slots first
+        left = b * Hkv - safe.sum((1, 2)).view(-1, 1, 1)
+        best = top(flat(score), left, flat(among & ~safe)).unflatten(-1, (-1, Hkv))[:, 0].transpose(1, 2)
+        return ((safe | best).sum(-1) + fixed).flatten().tolist()

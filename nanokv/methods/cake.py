@@ -25,15 +25,15 @@ Differs: shares are rounded by divisors (Jefferson's rule): b_l = floor(P_l / x)
     of their own. Steps compute attention another way than `full`'s: results are equal but for rounding.
 """
 
-from nanokv.attention import pool_neighbours
-from nanokv.cache import Plan
+from dataclasses import dataclass
+
+from nanokv.attention import pool
+from nanokv.method import Plan, at_least
+
+KERNEL = 5
 
 
 def allot(weights, total, caps, floor):
-    """Return integers within [floor, cap] in proportion to weights that add up to total, or all caps if that is less.
-
-    They are floor(weight / x) for one x, clamped; slots that several layers have an equal right to go to the earlier.
-    """
     if sum(caps) <= total:
         return list(caps)
     largest = max(weights)
@@ -53,87 +53,62 @@ def allot(weights, total, caps, floor):
     return out
 
 
-KERNEL = 5  # neighbours over which indicators are averaged
-
-
+@dataclass
 class CAKE(Plan):
-    """Layer budgets from attention. budget: entries per KV head and layer, on average; window: newest entries, which
-    are kept and whose queries decide; gamma: weight of the variance in an entry's indicator; tau1, tau2: temperatures
-    of entropy and variance; floor: entries that every layer gets; cascading: trim earlier layers after each layer.
-    """
+    """Layer budgets from attention. budget: entries per KV head and layer, on average; see the card."""
 
-    waits = needs_probs = True
+    budget: int = 512
+    window: int = 32
+    gamma: float = 200.0
+    tau1: float = 1.0
+    tau2: float = 1.0
+    floor: int = 16
+    limits = {"window": at_least(2), "gamma": at_least(0), "floor": at_least(0)}
 
-    def __init__(self, budget: int = 512, window: int = 32, gamma: float = 200.0, tau1: float = 1.0, tau2: float = 1.0,
-                 floor: int = 16, cascading: bool = True):  # fmt: skip
-        for name, value, ok, what in (
-            ("window", window, window >= 2, "at least 2, for a variance"),
-            ("budget", budget, budget > window, f"above the window, {window}"),
-            ("gamma", gamma, gamma >= 0, "at least 0"),
-            ("floor", floor, floor >= 0, "at least 0"),
-            ("tau1 and tau2", (tau1, tau2), tau1 > 0 and tau2 > 0, "above 0"),
-        ):
-            if not ok:
-                raise ValueError(f"cake: {name} must be {what}, got {value}")
-        self.past, self.window, self.observes = budget - window, window, window
-        self.gamma, self.tau1, self.tau2, self.cascading = gamma, tau1, tau2, cascading
-        self.floor = min(floor, self.past)
+    def __post_init__(self):
+        super().__post_init__()
+        if self.budget <= self.window:
+            raise ValueError(f"cake: budget must be above the window, {self.window}")
+        self.past, self.observes = self.budget - self.window, self.window
+        self.low = min(self.floor, self.past)
 
-    def most(self, prompt, new):
-        return min(prompt + new, self.past + self.window)
-
-    def __call__(self, cache, q, pos):
-        if cache.phase == "last":
-            self._prefer(cache)
-            if self.cascading or cache.layer == cache.config.n_layers - 1:
-                self._share(cache.parent.layers[: cache.layer + 1])
-        elif cache.phase == "decode":
-            budgets = cache.notes.get("budget", [self.past] * cache.B)
-            if any(n > b for n, b in zip(self._stored(cache), budgets, strict=True)):
-                p = cache.step_probs[:, :, -1].unflatten(1, (cache.config.n_kv_heads, -1))  # (B, Hkv, G, N)
-                self._keep(cache, pool_neighbours(p.mean(2), self._prefix(cache), KERNEL, "avg"), budgets)
-
-    def after_prefill(self, cache):
-        for layer in cache.layers:
-            layer.drop_column("indicator")
-
-    def _prefer(self, cache):
+    def after_prompt(self, cache):
         """Note the layer's preference, entropy^(1/tau1) * variance^(1/tau2), and the indicator of each entry."""
         prefix, (q, pos) = self._prefix(cache), cache.observed(self.window)
-        p = cache.probs(q, pos).nan_to_num(0.0)  # (B, H, W, N); a query none of whose keys lives has no vote
-        p = p.unflatten(1, (cache.config.n_kv_heads, -1)) * prefix[:, :, None, None]  # (B, Hkv, G, W, N)
+        p = cache.probs(q, pos).unflatten(1, (cache.config.n_kv_heads, -1)) * prefix[:, :, None, None]
         mean = p.mean(3)  # (B, Hkv, G, N)
         var = (p - mean.unsqueeze(3)).square_().sum(3) / max(1, q.shape[2] - 1)
-        entropy = -(p * (p + 1e-10).log()).flatten(1).sum(1)  # (B,)
-        entropy, moving = entropy.clamp(min=0).tolist(), var.flatten(1).sum(1).tolist()
-        both = zip(entropy, moving, strict=True)
+        entropy = -(p * (p + 1e-10).log()).flatten(1).sum(1).clamp(max=0)
+        both = zip((entropy.abs()).tolist(), var.flatten(1).sum(1).tolist(), strict=True)
         cache.notes["preference"] = [h ** (1 / self.tau1) * v ** (1 / self.tau2) for h, v in both]
         cache.column("indicator")
-        cache.set_column("indicator", pool_neighbours((mean + self.gamma * var).mean(2), prefix, KERNEL, "avg"))
+        cache.set_column("indicator", pool((mean + self.gamma * var).mean(2), prefix, KERNEL, "avg"))
 
-    def _share(self, layers):
-        """Cut layers, the first ones of the model, to their shares of the whole, and note these as budgets."""
-        total = self.past * layers[0].config.n_layers
-        stored, shares, rest = [self._stored(c) for c in layers], [], []
-        for b in range(layers[0].B):
-            weights, caps = [c.notes["preference"][b] for c in layers], [n[b] for n in stored]
-            shares.append(allot(weights, total, caps, self.floor))
-            rest.append((total - sum(shares[b])) // len(layers))  # a short text grows into it
-        for i, c in enumerate(layers):
-            budgets = [share[i] for share in shares]
-            if budgets != stored[i]:
-                self._keep(c, c.column("indicator"), budgets)
-            c.notes["budget"] = [n + more for n, more in zip(budgets, rest, strict=True)]
+    def after_layer(self, cache, i, x, pos):
+        """Cut layers 0..i, the first ones of the model, to their shares of the whole, and note these as budgets."""
+        if cache.phase == "last":
+            layers, total = cache.layers[: i + 1], self.past * cache.config.n_layers
+            stored, B = [self._stored(c) for c in layers], cache.layers[0].B
+            per = [allot([c.notes["preference"][b] for c in layers], total, [n[b] for n in stored], self.low) for b in range(B)]
+            rest = [(total - sum(s)) // len(layers) for s in per]
+            for j, c in enumerate(layers):
+                self._keep(c, c.column("indicator"), [s[j] for s in per])
+                c.notes["budget"] = [s[j] + r for s, r in zip(per, rest, strict=True)]
+        return x, pos
+
+    def after_step(self, cache, q, pos):
+        budgets = cache.notes.get("budget", [self.past] * cache.B)
+        if any(n > b for n, b in zip(self._stored(cache), budgets, strict=True)):
+            p = cache.probs(q[:, :, -1:], pos[..., -1:])[:, :, 0].unflatten(1, (cache.config.n_kv_heads, -1))
+            self._keep(cache, pool(p.mean(2), self._prefix(cache), KERNEL, "avg"), budgets)
 
     def _stored(self, cache):
-        """Return the entries before the window, in the fullest KV head of each sequence."""
         heads = cache.config.n_kv_heads
         return [max(0, max(cache.counts[i : i + heads]) - self.window) for i in range(0, cache.n_rows, heads)]
 
     def _prefix(self, cache):
-        """Return which slots hold entries older than the window, bool (B, Hkv, N)."""
         return cache.between(0, self.window).expand(cache.B, cache.config.n_kv_heads, -1)
 
     def _keep(self, cache, score, budgets):
-        """Keep the window and, of what is older, the best budgets[b] entries of each KV head of sequence b."""
-        cache.keep_best(score, [n + self.window for n in budgets], last=self.window)
+        rows = [n + self.window for n in budgets for _ in range(cache.config.n_kv_heads)]
+        cache.keep_best(score, rows, last=self.window)

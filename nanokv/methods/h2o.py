@@ -20,51 +20,35 @@ Differs: defined for grouped queries: the probabilities of a query group are red
     way than `full`'s, also within the budget: results are equal but for rounding.
 """
 
-from nanokv.attention import reduce_group
-from nanokv.cache import Policy
+from dataclasses import dataclass
+
+from nanokv.method import Evict, at_least, one_of
 
 
-class H2O(Policy):
-    """Heavy hitters and recent entries. budget: entries per KV head; recent: how many of them are the newest, a share
-    of the budget if below 1, else a number; reduce: over a query group, mean, max or sum; n_sink: only with normalize.
+@dataclass
+class H2O(Evict):
+    """Heavy hitters and recent entries. budget: entries per KV head; recent: the share of them that is the newest;
+    reduce: over a query group; online: add up and forget after the prompt too.
     """
 
-    early = True
+    budget: int = 512
+    recent: float = 0.5
+    reduce: str = "mean"
+    online: bool = True
+    limits = {"budget": at_least(1), "recent": (lambda x: 0 <= x < 1, "from 0 to below 1"),
+              "reduce": one_of("mean", "max", "sum")}
 
-    def __init__(self, budget: int = 512, recent: float = 0.5, reduce: str = "mean", normalize: bool = False,
-                 n_sink: int = 4, decode_update: bool = True):  # fmt: skip
-        n_recent = int(recent) if recent >= 1 else round(recent * budget)
-        least = max(1, n_recent + n_sink * normalize)
-        for name, value, ok, what in (
-            ("recent", recent, recent >= 0 and (recent < 1 or recent == n_recent), "a share below 1 or a whole number"),
-            ("n_sink", n_sink, n_sink >= 0, "at least 0"),
-            ("budget", budget, budget >= least, f"at least {least}, the recent entries and sinks"),
-            ("reduce", reduce, reduce in ("mean", "max", "sum"), "mean, max or sum"),
-        ):
-            if not ok:
-                raise ValueError(f"h2o: {name} must be {what}, got {value}")
-        self.budget, self.n_recent, self.reduce, self.normalize = budget, n_recent, reduce, normalize
-        self.n_sink, self.decode_update = n_sink * normalize, decode_update
-        self.needs_probs, self.needs_sums = decode_update, reduce
+    def __post_init__(self):
+        super().__post_init__()
+        self.n_recent = round(self.recent * self.budget)
 
-    def most(self, prompt, new):
-        return min(prompt + new, self.budget) if self.decode_update else min(prompt, self.budget) + new
+    def after_part(self, cache, q, pos):
+        cache.set_column("acc", cache.column("acc") + cache.paid(q, pos, self.reduce))
 
-    def __call__(self, cache, q, pos):
-        if cache.phase != "decode":
-            new = cache.column("paid")
-        elif self.decode_update:
-            new = reduce_group(cache.step_probs, cache.config.n_kv_heads, self.reduce).sum(2)
-        else:
-            return
-        cache.set_column("acc", cache.column("acc") + new)
-        if cache.phase != "prompt" and cache.n_live > self.budget:
-            self._evict(cache)
+    def after_step(self, cache, q, pos):
+        if self.online:
+            self.after_part(cache, q, pos)
+            super().after_step(cache, q, pos)
 
-    def _evict(self, cache):
-        """Forget all but the sinks, the newest and the heaviest of the others."""
-        score = cache.column("acc")  # (B, Hkv, N)
-        if self.normalize:
-            newest = cache.token.masked_fill(~cache.live, -1).amax(-1, keepdim=True)  # (B, Hkv, 1)
-            score = score / (newest + 1 - cache.token)  # every query since the entry came could see it
-        cache.keep_best(score, self.budget, self.n_sink, self.n_recent)
+    def score(self, cache, q, pos):
+        return cache.column("acc")

@@ -20,43 +20,27 @@ Differs: the authors read in blocks of 128; here this is an option, so that meth
     stays.
 """
 
+from dataclasses import dataclass
+
 import torch
 
-from nanokv.cache import Policy
+from nanokv.method import Evict, at_least
 
 
-class KeyDiff(Policy):
-    """The most distinctive keys. budget: entries per KV head; block: prompt tokens between cuts, 0 for one cut at its
-    end; n_sink, window: first and newest entries that stay; decode_update: forget after the prompt too.
-    """
+@dataclass
+class KeyDiff(Evict):
+    """The most distinctive keys. budget: entries per KV head; online: forget after the prompt too."""
 
-    def __init__(self, budget: int = 512, block: int = 0, n_sink: int = 0, window: int = 0, decode_update: bool = True):
-        least = max(1, n_sink + window)
-        for name, value, ok, what in (
-            ("block", block, block >= 0, "at least 0"),
-            ("n_sink", n_sink, n_sink >= 0, "at least 0"),
-            ("window", window, window >= 0, "at least 0"),
-            ("budget", budget, budget >= least, f"at least {least}, the sinks and the window"),
-        ):
-            if not ok:
-                raise ValueError(f"keydiff: {name} must be {what}, got {value}")
-        self.budget, self.n_sink, self.window, self.decode_update = budget, n_sink, window, decode_update
-        self.chunk, self.early = block or None, block > 0
-        self.padded = not block  # where a block ends decides what later ones see
+    budget: int = 512
+    online: bool = True
+    limits = {"budget": at_least(1)}
 
-    def most(self, prompt, new):
-        return min(prompt + new, self.budget) if self.decode_update else min(prompt, self.budget) + new
+    def after_step(self, cache, q, pos):
+        if self.online and cache.n_live > self.budget:
+            cache.keep_best(self.score(cache, q, pos), self.budget, last=min(q.shape[2], self.budget))
 
-    def __call__(self, cache, q, pos):
-        acts = {"last": True, "prompt": self.chunk is not None, "decode": self.decode_update}[cache.phase]
-        if acts and cache.n_live > self.budget:
-            new = min(q.shape[2], self.budget - self.n_sink) if cache.phase == "decode" else 0
-            self._cut(cache, max(self.window, new))
-
-    def _cut(self, cache, n_recent):
-        """Forget all but the sinks, the n_recent newest entries and the most distinctive of the others."""
-        k, live = cache.read()[0].float(), cache.live
+    def score(self, cache, q, pos):
+        k = cache.read()[0].float()
         length = k.norm(dim=-1).clamp(min=1e-12)  # (B, Hkv, N)
-        anchor = torch.where(live, 1 / length, 0.0)[:, :, None] @ k  # the sum of unit keys; its direction matters
-        cosine = (anchor @ k.mT)[:, :, 0] / length  # times the anchor's length, the same for all of a head
-        cache.keep_best(-cosine, self.budget, self.n_sink, n_recent)
+        anchor = torch.where(cache.live, 1 / length, 0.0)[:, :, None] @ k  # sum of unit keys; its direction matters
+        return -(anchor @ k.mT)[:, :, 0] / length

@@ -16,23 +16,17 @@ Differs: a budget in entries; the authors keep a share. They leave the first two
     norms: the older entry stays.
 """
 
-from nanokv.cache import Policy
+from dataclasses import dataclass
+
+from nanokv.method import Evict, at_least
 
 
-class Knorm(Policy):
-    """The smallest keys. budget: entries per KV head; skip_layers: how many of the first layers are left whole."""
+@dataclass
+class Knorm(Evict):
+    """The smallest keys. budget: entries per KV head."""
 
-    def __init__(self, budget: int = 512, skip_layers: int = 0):
-        if budget < 1:
-            raise ValueError(f"knorm: budget must be at least 1, got {budget}")
-        if skip_layers < 0:
-            raise ValueError(f"knorm: skip_layers must be at least 0, got {skip_layers}")
-        self.budget, self.skip_layers = budget, skip_layers
+    budget: int = 512
+    limits = {"budget": at_least(1)}
 
-    def most(self, prompt, new):
-        return (prompt if self.skip_layers else min(prompt, self.budget)) + new
-
-    def __call__(self, cache, q, pos):
-        if cache.phase == "last" and cache.layer >= self.skip_layers and cache.n_live > self.budget:
-            norm = cache.read()[0].float().norm(dim=-1)  # (B, Hkv, N)
-            cache.keep_best(-norm, self.budget)
+    def score(self, cache, q, pos):
+        return -cache.read()[0].float().norm(dim=-1)

@@ -16,34 +16,30 @@ Differs: selection is per KV head (the authors repeat keys first and select per 
     `budget` entries.
 """
 
-from nanokv.attention import window_scores
-from nanokv.cache import Policy
+from dataclasses import dataclass
+
+from nanokv.attention import pool, reduce_group
+from nanokv.method import Evict, at_least, one_of
 
 
-class SnapKV(Policy):
+@dataclass
+class SnapKV(Evict):
     """Cut a prompt to budget entries per KV head. window: newest entries, which are kept and whose queries decide;
-    kernel, pooling: how scores spread to neighbours, "max" or "avg"; reduce: over a query group, mean, max or sum.
+    kernel, pooling: how scores spread to neighbours; reduce: over a query group.
     """
 
-    def __init__(self, budget: int = 512, window: int = 32, kernel: int = 7, pooling: str = "max",
-                 reduce: str = "mean"):  # fmt: skip
-        for name, value, ok, what in (
-            ("budget", budget, budget >= 1, "at least 1"),
-            ("window", window, window >= 1, "at least 1"),
-            ("kernel", kernel, kernel >= 1 and kernel % 2, "odd and at least 1"),
-            ("pooling", pooling, pooling in ("max", "avg"), "max or avg"),
-            ("reduce", reduce, reduce in ("mean", "max", "sum"), "mean, max or sum"),
-        ):
-            if not ok:
-                raise ValueError(f"snapkv: {name} must be {what}, got {value}")
-        self.budget, self.window = budget, min(window, budget)
-        self.kernel, self.pooling, self.reduce = kernel, pooling, reduce
-        self.observes = self.window
+    budget: int = 512
+    window: int = 32
+    kernel: int = 7
+    pooling: str = "max"
+    reduce: str = "mean"
+    limits = {"budget": at_least(1), "window": at_least(1), "kernel": (lambda n: n >= 1 and n % 2, "odd"),
+              "pooling": one_of("max", "avg"), "reduce": one_of("mean", "max", "sum")}
 
-    def most(self, prompt, new):
-        return min(prompt, self.budget) + new
+    def __post_init__(self):
+        super().__post_init__()
+        self.observes = self.n_recent = min(self.window, self.budget)
 
-    def __call__(self, cache, q, pos):
-        if cache.phase == "last" and cache.n_live > self.budget:
-            score = window_scores(cache, self.window, self.kernel, self.pooling, self.reduce)
-            cache.keep_best(score, self.budget, last=self.window)
+    def score(self, cache, q, pos):
+        s = reduce_group(cache.probs(q, pos).sum(2), cache.config.n_kv_heads, self.reduce)  # (B, Hkv, N)
+        return pool(s, cache.between(0, self.n_recent).expand_as(s), self.kernel, self.pooling)

@@ -17,33 +17,23 @@ Differs: the paper feeds a prompt token by token; parts of a quarter window give
     the window to look back on.
 """
 
-from nanokv.cache import Policy
+from dataclasses import dataclass
+
+from nanokv.method import Policy, at_least
 
 
+@dataclass
 class StreamingLLM(Policy):
-    """Sinks and a sliding window. budget: entries per KV head; reindex: positions inside the cache, else original."""
+    """Sinks and a sliding window, renumbered. budget: entries per KV head."""
 
-    def __init__(self, budget: int = 1024, n_sink: int = 4, reindex: bool = True):
-        if n_sink < 0:
-            raise ValueError(f"streamingllm: n_sink must be at least 0, got {n_sink}")
-        if budget <= n_sink:
-            raise ValueError(f"streamingllm: budget must be at least n_sink + 1 = {n_sink + 1}, got {budget}")
-        self.budget, self.n_sink, self.renumbers = budget, n_sink, reindex
-        self.early = reindex
-        self.padded = not reindex  # where a part of the prompt ends decides what its tokens see
-        self.chunk = max(1, (budget - n_sink) // 4) if reindex else None
+    budget: int = 1024
+    n_sink: int = 4
+    limits = {"budget": at_least(2), "n_sink": at_least(0)}
+    renumbers = True
 
-    def check(self, config):
-        if self.renumbers and self.budget > config.context:
-            raise ValueError(f"streamingllm: budget must be at most the model's context, {config.context}")
+    def before_append(self, cache, n):
+        if cache.n_live + max(n) > self.budget:
+            cache.keep_best(cache.rank.float(), [self.budget - t for t in n], first=self.n_sink)
 
-    def most(self, prompt, new):
-        return min(prompt + new, self.budget)
-
-    def before(self, cache, n_new):
-        if self.renumbers or cache.phase == "decode":
-            cache.keep_ends(self.n_sink, self.budget - n_new - self.n_sink)
-
-    def __call__(self, cache, q, pos):
-        if cache.phase == "last" or (cache.phase == "decode" and q.shape[2] > 1) or self.renumbers:
-            cache.keep_ends(self.n_sink, self.budget - self.n_sink)
+    def ahead(self, cache):
+        return self.budget - cache.n_live

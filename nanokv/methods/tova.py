@@ -19,41 +19,19 @@ Differs: the newest entry always stays; with protect_last=False it competes, as 
     way than `full`'s, also within the budget: results are equal but for rounding.
 """
 
-from nanokv.attention import reduce_group
-from nanokv.cache import Policy
+from dataclasses import dataclass
+
+from nanokv.method import Evict, at_least
 
 
-class TOVA(Policy):
-    """The last query decides. budget: entries per KV head; heads: average over the "layer" or each "kv_head";
-    protect_last: the newest entry stays; decode_update: forget after the prompt too.
-    """
+@dataclass
+class TOVA(Evict):
+    """The last query decides, on the average of all heads. budget: entries per KV head."""
 
-    observes = 1
+    budget: int = 512
+    online: bool = True
+    limits = {"budget": at_least(1)}
+    observes = n_recent = 1
 
-    def __init__(self, budget: int = 512, heads: str = "layer", protect_last: bool = True, decode_update: bool = True):
-        if budget < 1:
-            raise ValueError(f"tova: budget must be at least 1, got {budget}")
-        if heads not in ("layer", "kv_head"):
-            raise ValueError(f"tova: heads must be layer or kv_head, got {heads}")
-        self.budget, self.heads, self.protect_last = budget, heads, protect_last
-        self.decode_update = self.needs_probs = decode_update
-
-    def most(self, prompt, new):
-        return min(prompt + new, self.budget) if self.decode_update else min(prompt, self.budget) + new
-
-    def __call__(self, cache, q, pos):
-        acts = cache.phase == "last" or (cache.phase == "decode" and self.decode_update)
-        if acts and cache.n_live > self.budget:
-            p = cache.probs(*cache.observed(1)) if cache.phase == "last" else cache.step_probs  # (B, H, T, N)
-            cache.keep_best(self._score(cache, p[:, :, -1]), self.budget, last=int(self.protect_last))
-
-    def _score(self, cache, p):
-        """Average attention p (B, H, N) over heads: (B, Hkv, N), or (B, 1, N) where all rows hold the same tokens."""
-        token = cache.token
-        if self.heads == "layer" and token.shape[1] == 1:
-            return p.mean(1, keepdim=True)
-        score = reduce_group(p, cache.config.n_kv_heads, "mean")
-        if self.heads == "kv_head":
-            return score
-        same = (token == token[:, :1]).flatten(1).all(1)  # (B,): a slot is one token, whichever head
-        return score.mean(1, keepdim=True).where(same[:, None, None], score)
+    def score(self, cache, q, pos):
+        return cache.probs(q[:, :, -1:], pos[..., -1:])[:, :, 0].mean(1, keepdim=True)
