@@ -12,7 +12,7 @@ the causal mask use. The two differ only in caches that renumber. Slots are in t
 are renumbered only when a pass begins or ends.
 """
 
-from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -24,19 +24,17 @@ from nanokv.rows import Rows, spare
 HIDDEN = 2**31 - 1  # the token number of a forgotten entry: later than any query, so that no query sees it
 
 
-@dataclass
 class Pass:
-    """What all layers know of the tokens under way. Lists have one number per sequence."""
+    """What all layers know of the tokens under way. Lists have one number per sequence.
 
-    phase: str  # "prompt" while more of it is to come, "last", "decode" or "draft"
-    pos: Tensor  # (B, T), -1 where a sequence reads nothing
-    came: list[int]  # tokens that each sequence reads
-    before: list[int]  # tokens that each had read before
+    phase: "prompt" while more of it is to come, "last", "decode" or "draft"; pos (B, T): -1 where a sequence reads
+    nothing; came: tokens that each sequence reads; before: tokens that each had read before. `real` (B, T) says which
+    tokens are read, None: all are.
+    """
 
-    @property
-    def real(self) -> Tensor | None:
-        """Return which tokens are read, bool (B, T), or None: all are."""
-        return None if min(self.came) == self.pos.shape[1] else self.pos >= 0
+    def __init__(self, phase: str, pos: Tensor, came: list[int], before: list[int]):
+        self.phase, self.pos, self.came, self.before = phase, pos, came, before
+        self.real = None if min(came, default=0) == pos.shape[1] else pos >= 0
 
 
 class LayerCache:
@@ -79,7 +77,7 @@ class LayerCache:
         if self.slots is None:
             self.allocate(k.shape[0], k.device)
         came, real = self._coming(pos)
-        n = [c for c in came for _ in range(self.config.n_kv_heads)]
+        n = self._each(came)
         if self.now.phase == "draft":
             self.draft = (k, v, x, pos)
         else:
@@ -162,7 +160,7 @@ class LayerCache:
         """Take the drafted entries back; return k, v, x, pos and q, each sequence's tokens first, for `again`."""
         (k, v, x, pos, q), self.draft = self.draft, None
         came = self.now.came
-        self._cut([c for c in came for _ in range(self.config.n_kv_heads)])
+        self._cut(self._each(came))
         if min(came) < pos.shape[1]:  # padding stands first: move it behind
             T = pos.shape[1]
             at = torch.tensor([T - c for c in came], device=pos.device)[:, None] + torch.arange(T, device=pos.device)
@@ -180,7 +178,7 @@ class LayerCache:
     def truncate(self, n: int) -> None:
         """Drop the entries of tokens from n on, which must be the newest, and still as they came."""
         gone = [max(0, s - n) for s in self.n_slots]
-        whole = self.n_slots == self.counts == [c for c in self.next_position for _ in range(self.config.n_kv_heads)]
+        whole = self.n_slots == self.counts == self._each(self.next_position)
         if self.policies or not whole:
             raise NotImplementedError("only a cache that forgets nothing can be cut shorter")
         if any(g > exact for g, exact in zip(gone, self.storage.newest(), strict=True)):
@@ -226,7 +224,7 @@ class LayerCache:
         """Return the token of each slot, int32 (B, Hkv, N), HIDDEN where nothing lives."""
         if "token" in self.slots.data:
             return self.column("token", HIDDEN, torch.int32)
-        every = torch.arange(self.N, dtype=torch.int32, device=self.device).view(1, 1, -1)
+        every = _numbers(self.N, self.device, torch.int32)
         if len(set(self.n_slots)) == 1:
             return every
         return torch.where(every < self._per_row(self.n_slots), every, HIDDEN)
@@ -240,7 +238,7 @@ class LayerCache:
     def rank(self) -> Tensor:
         """Return each live entry's place among the live ones of its row, 0 the oldest; -1 for hidden slots."""
         if self.counts == self.n_slots and len(set(self.counts)) == 1:
-            return torch.arange(self.N, device=self.device).view(1, 1, -1)
+            return _numbers(self.N, self.device)
         live = self.live
         return torch.where(live, live.cumsum(-1) - 1, -1)
 
@@ -298,16 +296,14 @@ class LayerCache:
 
     def paid(self, q: Tensor, pos: Tensor, reduce: str) -> Tensor:
         """Return the attention that each entry gets from all these queries, fp32 (B, Hkv, N)."""
-        return backend.paid(q, self.read()[0], lambda i, j: self.additive_mask(pos[..., i:j]), reduce)
+        return backend.paid(q, pos, self, reduce)
 
     def read(self) -> tuple[Tensor, Tensor]:
         """Return all slots as k, v (B, Hkv, N, D), keys rotated by their positions."""
         k, v = (t.view(self.B, -1, *t.shape[1:]) for t in self.storage.read())
         if self.raw:
             pos = self.pos
-            if pos.shape[:2] == (1, 1):
-                pos = pos[0]
-            k = self.rope(k, torch.where(pos == HIDDEN, 0, pos))
+            k = self.rope(k, pos if self.counts == self.n_slots == [self.N] * self.n_rows else pos.masked_fill(pos == HIDDEN, 0))
         return k, v
 
     def mask(self, pos: Tensor) -> tuple[Tensor | None, bool]:
@@ -319,8 +315,15 @@ class LayerCache:
     @property
     def plain(self) -> bool:
         """Say whether the newest queries see all slots up to their own."""
-        plain = self.counts == self.n_slots and len(set(self.counts)) == 1 and not self.window
-        return plain and self.chosen is None and self.now.real is None and "bias" not in self.slots.data
+        whole = self.counts == self.n_slots and min(self.counts) == max(self.counts)
+        plain = whole and not self.window and self.chosen is None and self.now.real is None
+        return plain and "bias" not in self.slots.data
+
+    @property
+    def lengths_say_all(self) -> bool:
+        """Say whether a query of the newest entry sees all of its row, rows being of unequal length."""
+        ragged = self.counts == self.n_slots and min(self.counts) < max(self.counts)
+        return ragged and not self.window and self.chosen is None and self.now.real is None and "bias" not in self.slots.data
 
     def additive_mask(self, pos: Tensor) -> Tensor:
         """Return what is to be added to the logits of queries at pos, fp32 (B, 1 or Hkv, T, N): bias, or -inf."""
@@ -373,8 +376,7 @@ class LayerCache:
     def leaving(self, score: Tensor, n: int | list[int], first: int = 0, last: int = 0) -> tuple[Tensor, list[int]]:
         """Return which slots `keep_best` would forget: (B, 1 or Hkv, m), worst first, and how many of each row."""
         n = [n] * self.n_rows if isinstance(n, int) else n
-        reads = [r for r in self.reads for _ in range(self.config.n_kv_heads)]
-        rows = zip(self.counts, n, reads, strict=True)
+        rows = zip(self.counts, n, self._each(self.reads), strict=True)
         gone = [max(0, min(c - m, c - first - last)) if reading else 0 for c, m, reading in rows]
         least = torch.finfo(score.dtype).min
         score = score.nan_to_num(least, torch.inf, least).masked_fill(~self.between(first, last), torch.inf)
@@ -399,8 +401,7 @@ class LayerCache:
         pos: position of each slot, int32, flat, and where rows start in it, col_start; q_pos, int32 (R, G * T); bias,
         like pos, or None; window in tokens or None.
         """
-        ragged_tail = len(set(self.counts)) > 1 and self.counts == self.n_slots  # lengths say all
-        if self.plain or (ragged_tail and pos.shape[-1] == 1 and not self.window and "bias" not in self.slots.data):
+        if self.plain or (self.lengths_say_all and pos.shape[-1] == 1):
             return {}
         if self.chosen is not None:
             raise NotImplementedError("no kernel reads only what a policy selects")
@@ -417,6 +418,10 @@ class LayerCache:
 
     # Bookkeeping
 
+    def _each(self, numbers: list[int]) -> list[int]:
+        """Repeat one number per sequence for each of its rows."""
+        return [n for n in numbers for _ in range(self.config.n_kv_heads)]
+
     def _coming(self, pos: Tensor) -> tuple[list[int], Tensor | None]:
         """Return how many tokens each sequence is to read, and which these are, or None: all."""
         if pos is self.now.pos:
@@ -427,8 +432,8 @@ class LayerCache:
 
     def _begin(self, came: list[int], n: list[int]) -> None:
         """Let policies make room for n[r] new entries."""
-        kept = [0] * self.B if self.now.phase == "decode" else self.reads
-        self.reads = [a + b for a, b in zip(kept, came, strict=True)]
+        before = self.reads if self.now.phase != "decode" else [0] * self.B
+        self.reads = [a + b for a, b in zip(before, came, strict=True)]
         self.open, self.n_read = True, 0.0
         for policy in self.policies:
             policy.before_append(self, n)
@@ -493,8 +498,7 @@ class LayerCache:
     def _number(self, n: list[int], token: Tensor, real: Tensor | None) -> None:
         """Take note of n[r] new entries of row r, of the tokens (B, T) that are `real`."""
         if "token" not in self.slots.data:
-            next_ = [b for b in self.now.before for _ in range(self.config.n_kv_heads)]
-            if token is not self.now.pos or next_ != self.n_slots:  # slot i does not hold token i
+            if token is not self.now.pos or self._each(self.now.before) != self.n_slots:  # slot i is not of token i
                 self._write_tokens() if self.N else self.fills.setdefault("token", HIDDEN)
         if self.fills:
             new = {}
@@ -518,13 +522,21 @@ class LayerCache:
 
     def _reclaim(self, least: int) -> None:
         """Free hidden slots, if there are `least` more of them than could not be freed last time."""
+        if self.counts == self.n_slots:
+            return
         hidden = max(n - c for n, c in zip(self.n_slots, self.counts, strict=True))
-        if hidden - self.settled < least or not hidden:
+        if hidden - self.settled < least:
             return
         live = self.live.expand(self.B, self.config.n_kv_heads, -1).flatten(0, 1)
         self.slots.keep(self.storage.keep(live))
         self.n_slots, self.moved, self.chosen = list(self.slots.n), self.moved + 1, None
         self.settled = max(n - c for n, c in zip(self.n_slots, self.counts, strict=True))
+
+
+@lru_cache(maxsize=8)  # layers share them
+def _numbers(n: int, device, dtype=torch.int64) -> Tensor:
+    """Return 0..n-1 as (1, 1, n)."""
+    return torch.arange(n, dtype=dtype, device=device).view(1, 1, -1)
 
 
 class Borrowed:

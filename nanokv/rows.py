@@ -24,13 +24,9 @@ class Rows:
         self.least = least
         self.n, self.cap, self.start = [0] * n_rows, [0] * n_rows, [0] * n_rows
         self.stride: int | None = 0  # from one row's start to the next, where that is the same for all
+        self.equal = True  # rows are of one length and evenly spaced: they can be seen as one tensor without a copy
         self.data: dict[str, Tensor] = {}  # field -> (slots of all rows, spare ones too, ...)
         self._where: tuple[Tensor, Tensor] | None = None
-
-    @property
-    def equal(self) -> bool:
-        """Say whether rows are of one length and evenly spaced, so that they can be seen as one tensor."""
-        return self.stride is not None and len(set(self.n)) == 1
 
     @property
     def where(self) -> tuple[Tensor, Tensor]:
@@ -67,7 +63,7 @@ class Rows:
         need = [n + t for n, t in zip(self.n, counts, strict=True)]
         if any(n > c for n, c in zip(need, self.cap, strict=True)):
             self._move(need)
-        same = len(set(counts)) == 1
+        same = min(counts) == max(counts)
         if same and self.equal:
             for name, value in fields.items():
                 self._room(name, self.n[0], counts[0]).copy_(value.view(len(counts), counts[0], *value.shape[1:]))
@@ -75,11 +71,7 @@ class Rows:
             at = self._slots(counts) if same else self._index(self.n, counts)
             for name, value in fields.items():
                 self.data[name].index_copy_(0, at, value.to(self.data[name].dtype))
-        self.n = need
-        if self._where is not None and same:
-            self._where[1].add_(counts[0])  # on the device: nothing is uploaded
-        else:
-            self._where = None
+        self._lengths(need, counts[0] if same else None)
 
     def write(self, name: str, value: Tensor) -> None:
         """Overwrite a field from (R, N, ...); what stands beyond a row's length is ignored."""
@@ -106,16 +98,15 @@ class Rows:
             [a + sign * t for a, t in zip(now, counts, strict=True)]
             for now, sign in ((self.n, -1), (self.cap, -1), (self.start, 1))
         )
-        self._where = None
-        if len(set(counts)) > 1:
-            self.stride = None
+        self.stride = self.stride if len(set(counts)) == 1 else None
+        self._lengths(self.n)
         if sum(len(f) for f in self.data.values()) > len(self.data) * sum(n + 2 * spare(n, self.least) for n in self.n):
             self._move(self.n)  # else the room in front of the rows is given back when they grow
         return out
 
     def cut(self, counts: list[int]) -> None:
         """Drop the newest counts[r] slots of row r; nothing moves."""
-        self.n, self._where = [n - t for n, t in zip(self.n, counts, strict=True)], None
+        self._lengths([n - t for n, t in zip(self.n, counts, strict=True)])
 
     def keep(self, mask: Tensor) -> None:
         """Drop the slots whose mask, bool (R, N), is False; what stays keeps its order, and memory shrinks."""
@@ -137,6 +128,14 @@ class Rows:
             at = self._index([0] * len(self.n), self.n).repeat(times)
         self.n = self.n * times
         self._move(self.n, at if self.data else None)
+
+    def _lengths(self, n: list[int], more: int | None = None) -> None:
+        """Set the rows' lengths; `more`: each has grown by as many slots, so that nothing need be uploaded."""
+        self.n, self.equal = n, self.stride is not None and min(n) == max(n)
+        if more is None:
+            self._where = None
+        elif self._where is not None:
+            self._where[1].add_(more)
 
     def _room(self, name: str, first: int, T: int) -> Tensor:
         """Return T slots of every row from its slot `first` on, used or not, as a view (R, T, ...); rows are equal."""
@@ -160,7 +159,7 @@ class Rows:
         self.cap = [n + spare(n, self.least) for n in need]
         self.start = [0, *accumulate(self.cap)][:-1]
         self.stride = self.cap[0] if len(set(self.cap)) == 1 else None
-        self._where = None
+        self._lengths(self.n)
         if self.data:
             to = self._index([0] * len(self.n), self.n)
             for name, field in self.data.items():
