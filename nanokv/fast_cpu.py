@@ -205,7 +205,9 @@ def on_codes(storage: KIVI, q: Tensor, pos: Tensor, cache) -> Tensor | None:
     """Attend to quantised entries without rebuilding them: scales are multiplied into queries and probabilities."""
     old = storage.old
     parts = [rows for kind in (storage.first, old, storage.new) for rows in kind.values()]
-    if not all(rows.equal for rows in parts) or any(8 % bits for bits in storage.width.values()):
+    planes, groups = 8 // storage.width["v"], cache.config.head_dim // storage.group
+    whole = planes % groups == 0 or groups % planes == 0  # no plane holds parts of two groups
+    if not whole or not all(rows.equal for rows in parts) or any(8 % bits for bits in storage.width.values()):
         return None
     (B, H, T, D), R = q.shape, cache.n_rows
     x = q.float().reshape(R, -1, D) / math.sqrt(D)  # (R, G*T, D)
@@ -224,39 +226,36 @@ def on_codes(storage: KIVI, q: Tensor, pos: Tensor, cache) -> Tensor | None:
 
 
 def dot(x: Tensor, old, bits: int) -> Tensor:
-    """Return x (R, M, D) times quantised keys, whose codes (R, S, D, bytes) hold g tokens each: (R, M, S * g)."""
+    """Return x (R, M, D) times quantised keys, g tokens to a slot: (R, M, S * g)."""
     scale, low = old["scale"].float(), old["low"].float()  # (R, S, D)
-    codes, shift = planes(old["code"], bits)  # (R, S, D, g), (g,)
-    s = (x[:, None] * scale[:, :, None]) @ codes  # (R, S, M, g)
-    s = torch.addcmul((low @ x.mT)[..., None], s, shift)
+    code = old["code"].unflatten(-1, (-1, x.shape[-1]))  # (R, S, g * bits / 8, D)
+    masks, shift = _masks(bits)
+    codes = (code.unsqueeze(2) & masks[:, None, None]).float()  # (R, S, planes, tokens, D)
+    s = (x[:, None] * scale[:, :, None]) @ codes.flatten(2, 3).mT  # (R, S, M, g)
+    s = torch.addcmul((low @ x.mT)[..., None], s, shift.repeat_interleave(code.shape[2]))
     return s.transpose(1, 2).flatten(2)
 
 
 def mix(p: Tensor, old, bits: int) -> Tensor:
-    """Return p (R, M, N) times quantised values, whose codes (R, N, 1, C, bytes) hold g channels each: (R, M, C * g)."""
-    low, scale = old["low"][:, :, 0].float(), old["scale"][:, :, 0].float().mT  # (R, N, C), (R, C, N)
-    codes, shift = planes(old["code"][:, :, 0], bits)  # (R, N, C, g), (g,)
-    C, g = codes.shape[-2:]
-    weighted = (p[:, None] * scale[:, :, None]).flatten(1, 2)  # (R, C * M, N)
-    o = (weighted @ codes.flatten(2)).unflatten(1, (C, -1)).unflatten(-1, (C, g))  # every scale with every group,
-    o = o.diagonal(dim1=1, dim2=3).movedim(-1, 2)  # of which its own is wanted: (R, M, C, g)
-    return torch.addcmul((p @ low)[..., None], o, shift).flatten(2)
+    """Return p (R, M, N) times quantised values, a token to a slot: (R, M, D)."""
+    low = old["low"][:, :, 0].float()  # (R, N, C), of C groups of channels
+    scale = old["scale"][:, :, 0].mT.to(torch.float32, memory_format=torch.contiguous_format)  # (R, C, N)
+    weighted = p[:, None] * scale[:, :, None]  # (R, C, M, N)
+    masks, shift = _masks(bits)
+    C, parts = scale.shape[1], []
+    for j, (mask, factor) in enumerate(zip(masks, shift, strict=True)):
+        codes = (old["code"] & mask).float()  # (R, N, D * bits / 8): of one plane, which may span several groups
+        first, last = j * C // len(masks), -(-(j + 1) * C // len(masks))
+        spans = zip(weighted[:, first:last].unbind(1), codes.chunk(last - first, -1), strict=True)
+        parts += [w @ c * factor for w, c in spans]
+    return torch.cat(parts, -1) + (p @ low).repeat_interleave(old["code"].shape[-1] * len(masks) // C, -1)
 
 
-def planes(code: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Return codes (..., g) in fp32, each times what it is multiplied by where it stands, and that inverted, (g,).
-
-    Powers of two: exact, and quicker than shifting every code down.
-    """
-    masks, shift = _masks(bits, code.shape[-1])
-    return (code.unsqueeze(-2) & masks).float().flatten(-2) if bits < 8 else code.float(), shift
-
-
-@lru_cache(maxsize=16)
-def _masks(bits: int, n_bytes: int) -> tuple[Tensor, Tensor]:
+@lru_cache(maxsize=8)
+def _masks(bits: int) -> tuple[Tensor, Tensor]:
+    """Return which bits of a byte each of its codes takes, and by what it is too large there, inverted: (8 / bits,)."""
     at = torch.arange(0, 8, bits)
-    masks = ((2**bits - 1) << at).to(torch.uint8)[:, None]
-    return masks, torch.exp2(-at.float()).repeat_interleave(n_bytes)
+    return ((2**bits - 1) << at).to(torch.uint8), torch.exp2(-at.float())
 
 
 def paid(q: Tensor, k: Tensor, reduce: str, block: int = 128) -> Tensor:

@@ -54,24 +54,31 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
     return (packed.unsqueeze(-2) >> shift & 2**bits - 1).flatten(-2)
 
 
-def encode(x: Tensor, bits: int) -> dict[str, Tensor]:
-    """Quantise and pack groups x (..., g): code uint8 (..., g * bits / 8), scale and low, fp16 (...)."""
+def encode(x: Tensor, bits: int, group: int = 0) -> dict[str, Tensor]:
+    """Quantise and pack slots x (S, T, C): `group` channels of a token share a scale, with 0 the T tokens of a channel.
+
+    Returns code uint8 (S, T * C * bits / 8), packed over the whole slot, scale and low, fp16 (S, T, C / group) or (S, C).
+    """
     if kernels.backend() != "both" and kernels.triton_for(x):
         from nanokv.kernels.pack import encode_triton  # imported only now: Triton may not be installed
 
         try:
-            code, scale, low = encode_triton(x, bits)
+            code, scale, low = encode_triton(x, bits, group)
             return {"code": code, "scale": scale, "low": low}
         except NotImplementedError:
             if kernels.backend() == "triton":
                 raise
-    codes, scale, low = quantise(x, bits)
-    return {"code": pack(codes, bits), "scale": scale, "low": low}
+    codes, scale, low = quantise(x.unflatten(-1, (-1, group)) if group else x.mT, bits)
+    codes = codes.flatten(-2) if group else codes.mT  # (S, T, C)
+    return {"code": pack(codes.flatten(1), bits), "scale": scale, "low": low}
 
 
-def decode(code: Tensor, scale: Tensor, low: Tensor, bits: int) -> Tensor:
-    """Undo `encode`, in fp32: (..., g)."""
-    return dequantise(unpack(code, bits), scale, low)
+def decode(code: Tensor, scale: Tensor, low: Tensor, bits: int, tokens: int, group: int = 0) -> Tensor:
+    """Undo `encode`, in fp32: (S, tokens, C)."""
+    codes = unpack(code, bits).unflatten(1, (tokens, -1))  # (S, T, C)
+    if group:
+        return dequantise(codes.unflatten(-1, (-1, group)), scale, low).flatten(-2)
+    return dequantise(codes.mT, scale, low).mT
 
 
 def divisor(n: int, at_most: int) -> int:

@@ -20,8 +20,8 @@ Differs: scales and minima are rounded to fp16 before codes are computed, so tha
 
 from dataclasses import dataclass
 
-from nanokv.packed import Packed
 from nanokv import quant
+from nanokv.packed import Packed
 
 
 @dataclass
@@ -43,9 +43,8 @@ class KIVI(Packed):
         return n - n % self.residual if which == "k" else super().due(which, n)
 
     def encode(self, x, which, at):
-        x = x.mT if which == "k" else x.unflatten(-1, (-1, self.group))  # groups lie last
-        return quant.encode(x, self.width[which])
+        return quant.encode(x, self.width[which], 0 if which == "k" else self.group)
 
     def decode(self, fields, which, at):
-        x = quant.decode(**fields, bits=self.width[which])
-        return x.mT if which == "k" else x.flatten(-2)
+        group = 0 if which == "k" else self.group
+        return quant.decode(**fields, bits=self.width[which], tokens=self.slot[which], group=group)
