@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from nanokv.model import Config, Decoder
 from nanokv.sources import PICKLE_REFUSED, PICKLES, LoadError, Source
@@ -79,19 +80,36 @@ def open_source(name="smollm2", revision=None, progress=True) -> Source:
 def build(config: Config, source: Source, dtype=torch.float32, device="cpu") -> Decoder:
     """Return a Decoder on `device` filled from a source, tensor by tensor, each cast to dtype. Raises LoadError."""
     check_shapes(config, source)
-    with torch.device("meta"):  # shapes without memory, so that no random values are made only to be overwritten
-        model = Decoder(config).to(dtype)
-    size = sum(p.numel() for p in model.parameters()) * dtype.itemsize / 1e9
+    model = hollow(config)
+    wanted = {name: p.shape for name, p in model.named_parameters()}  # a tied head is not among them
     try:
-        model.to_empty(device=device)
+        state = {name: torch.empty(shape, dtype=dtype, device=device) for name, shape in wanted.items()}
     except RuntimeError as e:  # the allocator's complaint runs over many lines
+        size = sum(shape.numel() for shape in wanted.values()) * dtype.itemsize / 1e9
         raise LoadError(f"{source.path}: {size:.1f} GB of weights do not fit on {device}") from e
-    if config.tied:  # to_empty made two tensors of the one
+    # The largest first, while most of the memory is not touched yet: the file's copy of a tensor adds to the peak.
+    for name in sorted(wanted, key=lambda name: -wanted[name].numel()):
+        state[name].copy_(source.tensor(checkpoint_name(name)))
+    model.load_state_dict(state, strict=not config.tied, assign=True)
+    if config.tied:
         model.lm_head.weight = model.embed_tokens.weight
     model.rope.to(device)
-    for name, parameter in model.named_parameters():
-        parameter.data.copy_(source.tensor(checkpoint_name(name)))
     return model.eval().requires_grad_(False)
+
+
+class _SkipInit(TorchFunctionMode):
+    """Leave out random initial values, which a checkpoint replaces: on the meta device they import 150 MB of code."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__module__", "") == "torch.nn.init":
+            return args[0] if args else None
+        return func(*args, **kwargs or {})
+
+
+def hollow(config: Config) -> Decoder:
+    """Return a Decoder whose parameters have shapes but no memory."""
+    with torch.device("meta"), _SkipInit():
+        return Decoder(config)
 
 
 def check_shapes(config: Config, source: Source) -> None:
@@ -114,9 +132,8 @@ def check_shapes(config: Config, source: Source) -> None:
 
 def expected_shapes(config: Config) -> Iterator[tuple[str, tuple]]:
     """Yield name and shape of every tensor that a checkpoint must have; one layer, without memory, stands for all."""
-    with torch.device("meta"):
-        model = Decoder(replace(config, n_layers=1))
-    shapes = {checkpoint_name(name): tuple(p.shape) for name, p in model.named_parameters()}
+    one = hollow(replace(config, n_layers=1)).named_parameters()
+    shapes = {checkpoint_name(name): tuple(p.shape) for name, p in one}
     layer = {name: shape for name, shape in shapes.items() if name.startswith("model.layers.0.")}
     yield from ((name, shape) for name, shape in shapes.items() if name not in layer)
     for i in range(config.n_layers):

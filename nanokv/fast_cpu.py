@@ -52,6 +52,7 @@ def fuse(owner: nn.Module, name: str, *parts: nn.Linear) -> None:
         for part, tensor in zip(parts, rows, strict=True):
             getattr(part, kind).data = tensor
     vars(owner)[name] = whole.forward  # not a module of the model, whose parameters its parts are
+    vars(owner)[f"{name}_weights"] = whole.weight, whole.bias
 
 
 def arrange(weight: nn.Parameter) -> bool:
@@ -281,3 +282,86 @@ def paid(q: Tensor, k: Tensor, reduce: str, block: int = 128) -> Tensor:
                 shares.append(p if reduce == "max" else p.new_ones(1, j - i) @ p)
             out[r, :n] += torch.stack(shares).amax(0).sum(0) if reduce == "max" else sum(shares)[0]
     return (out / G if reduce == "mean" else out).view(B, Hkv, N)
+
+
+# One step of `full`, compiled as a whole
+
+
+class compiled:
+    """The model, whose steps over a `full` cache of up to `most` tokens run as one compiled program. Call it likewise.
+
+    Room for all tokens is taken at once, since shapes must not change. The first step compiles, which takes about half
+    a minute. NotImplementedError says what is not covered.
+    """
+
+    def __init__(self, model: nn.Module, cache, most: int):
+        c = model.config
+        for ok, why in (
+            (not cache.policies and not cache.bases and type(cache.storage).attend is Dense.attend, "the method full"),
+            (isinstance(cache.storage, Dense), "the method full"),
+            (model.embed_tokens.weight.is_cpu, "a CPU"),
+            (not any(c.windows), "models without sliding windows"),
+            (most <= c.context, f"texts within the model's context of {c.context} tokens"),
+        ):
+            if not ok:
+                raise NotImplementedError(f"--compile is made for {why} only")
+        self.model, self.config, self.most = model, c, most
+        self.rope, self.layers, self.embed_tokens = model.rope, model.layers, model.embed_tokens
+        self.step = torch.compile(self._step, dynamic=False, fullgraph=True, options={"cpp_wrapper": True})
+
+    def __call__(self, ids: Tensor, cache, phase: str | None = None, last: bool = False) -> Tensor:
+        """Do what model(ids, cache, phase, last) does."""
+        steps = ids.shape[1] == 1 and phase in (None, "decode") and any(cache.next_position) and int(ids.min()) >= 0
+        if not steps:
+            return self.model(ids, cache, phase, last)
+        if max(cache.next_position) >= self.most or len(set(cache.next_position)) > 1:
+            raise NotImplementedError(f"compiled steps are for {self.most} tokens, sequences of one length")
+        pos = cache.begin(self.model, ids, phase)
+        for layer in cache.layers:
+            rows = layer.storage.kv
+            if rows.cap[0] + rows.start[0] < self.most:
+                rows.reserve(self.most)
+        kv = [[layer.storage.kv.data[n].unflatten(0, (cache.B, layer.config.n_kv_heads, -1)) for layer in cache.layers] for n in "kv"]
+        cos, sin = self.rope.cos[pos[0]], self.rope.sin[pos[0]]  # (1, D)
+        bags = {n: _bags(n, torch.get_num_threads()) for n in (self.config.hidden, self.config.ffn)}
+        logits = self.step(ids, pos[0], cos, sin, *kv, bags)
+        for layer in cache.layers:
+            layer.storage.kv.grown(1)
+            layer.grown(pos)
+        cache.end()
+        return logits
+
+    def _step(self, ids, pos, cos, sin, keys, values, bags):
+        model, c = self.model, self.config
+        x = model.embed_tokens(ids)  # (B, 1, E)
+        see = torch.arange(keys[0].shape[2]) <= pos  # (room,)
+        mask = torch.zeros(see.shape, dtype=x.dtype).masked_fill(~see, -torch.inf)
+        cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+
+        def line(x, weight, bias=None):
+            if weight.dtype is not torch.bfloat16 or weight.stride(0) != 1 or x.shape[0] > 1:
+                return F.linear(x, weight, bias)
+            y = torch._embedding_bag_forward_only(weight.t(), *bags[weight.shape[1]], False, 0, False, x.flatten())[0]
+            y = y.sum(0).view(1, 1, -1)
+            return y if bias is None else y + bias
+
+        def rotate(t):
+            a, b = t.chunk(2, -1)
+            return t * cos + torch.cat([-b, a], -1) * sin
+
+        for block, k_all, v_all in zip(model.layers, keys, values, strict=True):
+            a = block.self_attn
+            h = RMSNorm.forward(block.input_layernorm, x)
+            heads = line(h, *a.qkv_weights).unflatten(-1, (-1, c.head_dim)).transpose(1, 2)  # (B, H + 2 * Hkv, 1, D)
+            q, k, v = heads.split([c.n_heads, c.n_kv_heads, c.n_kv_heads], 1)
+            if c.qk_norm:
+                q, k = RMSNorm.forward(a.q_norm, q), RMSNorm.forward(a.k_norm, k)
+            k_all.index_copy_(2, pos, rotate(k))
+            v_all.index_copy_(2, pos, v)
+            q = rotate(q).unflatten(1, (c.n_kv_heads, -1)).squeeze(3)  # (B, Hkv, G, D)
+            o = F.scaled_dot_product_attention(q, k_all, v_all, attn_mask=mask.view(1, 1, 1, -1))
+            x = x + line(o.flatten(1)[:, None], a.o_proj.weight, a.o_proj.bias)
+            h = RMSNorm.forward(block.post_attention_layernorm, x)
+            gate, up = line(h, *block.mlp.gate_up_weights).chunk(2, -1)
+            x = x + line(F.silu(gate) * up, block.mlp.down_proj.weight)
+        return line(RMSNorm.forward(model.norm, x), model.lm_head.weight)

@@ -113,6 +113,13 @@ class LayerCache:
         if self.now.phase != "decode" and self.last_reader == self.layer:
             self.settle()
 
+    def grown(self, pos: Tensor) -> None:
+        """Take note of entries at pos (B, T) that somebody has put into the storage, and attended to."""
+        n = self._each(self.now.came)
+        self._begin(self.now.came, n)
+        self._number(n, pos, None)
+        self.n_read = sum(self.n_slots)
+
     def settle(self) -> None:
         """Forget, and pack unless that must wait for the end of the pass."""
         self.act()
@@ -373,6 +380,21 @@ class LayerCache:
         self.slots.write("token", token)
         self.counts = [c - g for c, g in zip(self.counts, gone, strict=True)]
 
+    def drop_run(self, first: int, n: list[int]) -> None:
+        """Forget the n[r] oldest entries of row r that follow its `first` ones; slots are renumbered if that is cheap."""
+        n = [min(m, c - first) if m > 0 else 0 for m, c in zip(n, self.counts, strict=True)]
+        if not any(n):
+            return
+        whole = self.counts == self.n_slots and min(self.counts) == max(self.counts) and not self.open
+        if whole and min(n) == max(n) and self.storage.drop_run(first, n[0]):
+            self._write_tokens()
+            self.slots.drop_run(first, n[0])
+            self.n_slots = [m - n[0] for m in self.n_slots]
+            self.counts, self.moved = list(self.n_slots), self.moved + 1
+            return
+        rank = self.rank
+        self.keep((rank < first) | (rank >= first + self._per_row(n)))
+
     def leaving(self, score: Tensor, n: int | list[int], first: int = 0, last: int = 0) -> tuple[Tensor, list[int]]:
         """Return which slots `keep_best` would forget: (B, 1 or Hkv, m), worst first, and how many of each row."""
         n = [n] * self.n_rows if isinstance(n, int) else n
@@ -434,9 +456,9 @@ class LayerCache:
         """Let policies make room for n[r] new entries."""
         before = self.reads if self.now.phase != "decode" else [0] * self.B
         self.reads = [a + b for a, b in zip(before, came, strict=True)]
-        self.open, self.n_read = True, 0.0
         for policy in self.policies:
             policy.before_append(self, n)
+        self.open, self.n_read = True, 0.0
         self._reclaim(spare(self.n_live))
 
     def _ranks(self, T: int, real: Tensor | None) -> Tensor:

@@ -107,6 +107,10 @@ class Storage(Method):
         """Free what can be freed of the slots that are False in mask (R, N); return (R, N) of what remains."""
         raise NotImplementedError
 
+    def drop_run(self, first: int, n: int) -> bool:
+        """Free the n slots that follow the `first` ones of every row, at little cost, or return False."""
+        return False
+
     def cut(self, counts: list[int]) -> None:
         """Drop the newest counts[r] slots of row r, which are still as they came."""
         raise NotImplementedError
@@ -167,6 +171,11 @@ class Dense(Storage):
     def keep(self, mask):
         self.kv.keep(mask)
         return mask
+
+    def drop_run(self, first, n):
+        if self.kv.equal:
+            self.kv.drop_run(first, n)
+        return self.kv.equal
 
     def cut(self, counts):
         self.kv.cut(counts)

@@ -73,6 +73,14 @@ class Rows:
                 self.data[name].index_copy_(0, at, value.to(self.data[name].dtype))
         self._lengths(need, counts[0] if same else None)
 
+    def reserve(self, n: int) -> None:
+        """Make room for n slots in every row, at the start of its memory."""
+        self._move([n] * len(self.n))
+
+    def grown(self, T: int) -> None:
+        """Take note of T slots that somebody has written behind every row."""
+        self._lengths([n + T for n in self.n], T)
+
     def write(self, name: str, value: Tensor) -> None:
         """Overwrite a field from (R, N, ...); what stands beyond a row's length is ignored."""
         if self.equal:
@@ -103,6 +111,14 @@ class Rows:
         if sum(len(f) for f in self.data.values()) > len(self.data) * sum(n + 2 * spare(n, self.least) for n in self.n):
             self._move(self.n)  # else the room in front of the rows is given back when they grow
         return out
+
+    def drop_run(self, first: int, n: int) -> None:
+        """Drop the n slots that follow the `first` ones of every row, by moving these; rows are equal."""
+        for name in self.data if first else ():
+            self._room(name, n, first).copy_(self._room(name, 0, first).clone())
+        self.cap = [c - n for c in self.cap]
+        self.start = [s + n for s in self.start]
+        self._lengths([m - n for m in self.n])
 
     def cut(self, counts: list[int]) -> None:
         """Drop the newest counts[r] slots of row r; nothing moves."""

@@ -16,8 +16,8 @@ import weights  # noqa: E402
 
 @pytest.fixture(scope="session")
 def smollm2():
-    """The default model in fp32 and its tokenizer, from the user's cache (downloaded and converted once)."""
-    return weights.load("smollm2", progress=False)
+    """The default model in fp32, as model.py has it, and its tokenizer, from the user's cache (converted once)."""
+    return weights.load("smollm2", progress=False, fast=False)
 
 
 @pytest.fixture(scope="session")

@@ -4,9 +4,9 @@
     with nanokv.kernels.use("torch"): ...   # in this block
 
 Kernels take plain tensors and know nothing of caches. A storage hands them its own (`Storage.kernel`), and
-nanokv/backend.py decides when. "auto", the default, takes Triton for tensors on a GPU and PyTorch elsewhere; "both" runs
-the two side by side. What a kernel is not made for it refuses with NotImplementedError: under "triton" that is an error,
-under "auto" PyTorch takes it.
+nanokv/backend.py decides when. "auto", the default, takes Triton for tensors on a GPU and PyTorch elsewhere; "both"
+runs the two side by side. What a kernel is not made for it refuses with NotImplementedError: under "triton" that is an
+error, under "auto" PyTorch takes it.
 """
 
 import importlib.metadata

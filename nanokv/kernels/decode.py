@@ -13,9 +13,9 @@ When a tile raises m, what was summed before is scaled by exp(old m - new m). Wh
 the logarithm of its denominator, lse = m + log l, is enough to average the splits by their share of the whole
 denominator. `combine` does that for the splits of a row, and a storage for what it holds in several forms.
 
-Keys may be stored un-rotated, as in caches that renumber their entries. Rotating them all in memory would cost a second
-pass over K, so each tile is rotated between loading it and multiplying it with q. Rotation turns channel i together with
-channel i + D/2 (nanokv/model.py, RoPE):
+Keys may be stored un-rotated, as in caches that renumber their entries. Rotating them all in memory would cost a
+second pass over K, so each tile is rotated between loading it and multiplying it with q. Rotation turns channel i
+together with channel i + D/2 (nanokv/model.py, RoPE):
 
     a' = a cos - b sin        b' = b cos + a sin        for the halves a, b of a key
 
@@ -146,7 +146,6 @@ def split(p_q, p_k, p_v, p_start, p_length, p_pos, p_q_pos, p_bias, p_col, p_cos
     slot = tl.load(p_start + i_row) + first
     p_k += slot * ROW_K
     p_v += slot * ROW_V
-    col = tl.load(p_col + i_row) + first
     o_m, o_h, o_v, o_t = tl.arange(0, BM), tl.arange(0, BH), tl.arange(0, BDV), tl.arange(0, BT)
     o_q = (i_row * M + o_m)[None, :] * D + o_h[:, None]
     m_q = (o_m < M)[None, :] & (o_h < H)[:, None]
@@ -158,9 +157,9 @@ def split(p_q, p_k, p_v, p_start, p_length, p_pos, p_q_pos, p_bias, p_col, p_cos
     if p_pos is not None:
         # (BM,)
         until = tl.load(p_q_pos + i_row * M + o_m, mask=o_m < M, other=-1)
-        p_pos += col
+        p_pos += tl.load(p_col + i_row) + first
     if p_bias is not None:
-        p_bias += col
+        p_bias += tl.load(p_col + i_row) + first
     m = tl.full((BM,), float("-inf"), tl.float32)
     l = tl.zeros((BM,), tl.float32)
     acc = tl.zeros((BDV, BM), tl.float32)
@@ -172,16 +171,18 @@ def split(p_q, p_k, p_v, p_start, p_length, p_pos, p_q_pos, p_bias, p_col, p_cos
             # (BT,)
             pos = tl.load(p_pos + t, mask=m_t, other=HIDDEN)
         if ROPE:
-            a, b = rotate(p_k, t[:, None] * ROW_K, m_t[:, None], p_cos, p_sin, pos, n_pos, ROW_C, BH, H)
+            a, b = rotate(p_k, o_t[:, None] * ROW_K, m_t[:, None], p_cos, p_sin, pos, n_pos, ROW_C, BH, H)
             s = tl.dot(a.to(TYPE), q, input_precision="ieee") + tl.dot(b.to(TYPE), q_b, input_precision="ieee")
         else:
             # (BT, BD)
-            k = tl.load(p_k + t[:, None] * ROW_K + o_h[None, :], mask=m_t[:, None] & (o_h < D)[None, :], other=0.0)
+            k = tl.load(p_k + o_t[:, None] * ROW_K + o_h[None, :], mask=m_t[:, None] & (o_h < D)[None, :], other=0.0)
             s = tl.dot(k, q, input_precision="ieee")
         s = hide(s * scale, pos, until, window, None if p_bias is None else p_bias + t, m_t)  # (BT, BM)
         # (BT, BDV)
-        v = tl.load(p_v + t[:, None] * ROW_V + o_v[None, :], mask=m_t[:, None] & (o_v < DV)[None, :], other=0.0)
+        v = tl.load(p_v + o_t[:, None] * ROW_V + o_v[None, :], mask=m_t[:, None] & (o_v < DV)[None, :], other=0.0)
         m, l, acc = update(s, v, m, l, acc, p_pos is not None or p_bias is not None)
+        p_k += BT * ROW_K
+        p_v += BT * ROW_V
     leave(m, l, acc, p_o, p_lse, (i_row * n_splits + i_split) * M, M, DV)
 
 
@@ -218,8 +219,8 @@ def decode(q: Tensor, k: Tensor, v: Tensor, start: Tensor, length: Tensor, *, po
     all if pos is None. bias, fp32 (S2,), is added to the logits. A row begins at col_start[r] in pos and bias, int64
     (R,), at start[r] if that is None. Slots outside the rows are never read.
 
-    cos and sin, fp32 (P, D) or (P, D/2), say that keys are stored un-rotated: they are turned by their pos, by 0, 1, ...
-    from a row's first slot if that is None. A slot whose pos is not below P must be a forgotten one.
+    cos and sin, fp32 (P, D) or (P, D/2), say that keys are stored un-rotated: they are turned by their pos, if that is
+    None by 0, 1, ... from a row's first slot on. A slot whose pos is not below P must be a forgotten one.
 
     Returns o (R, M, Dv) in q's dtype, zeros for a query that sees nothing. With `lse`, o is fp32 and followed by the
     natural logarithm of the softmax's denominator, fp32 (R, M), -inf where nothing is seen. NotImplementedError where
@@ -247,7 +248,9 @@ def run(kernel, own: dict, q: Tensor, DV: int, length: Tensor, *, scale: float, 
     """Launch a split kernel and `combine`. `own` holds sizes and what only this kernel takes."""
     if (pos is None) != (q_pos is None) or (pos is None and window is not None):
         raise ValueError("pos and q_pos come together, and a window needs both")
-    if columns is None and (pos is not None or bias is not None):
+    if pos is None and bias is None:
+        columns = None
+    elif columns is None:
         raise ValueError("pos and bias need col_start")
     R, M, _ = q.shape
     exact = lse or (INTERPRETED and q.dtype == torch.bfloat16)
@@ -260,7 +263,7 @@ def run(kernel, own: dict, q: Tensor, DV: int, length: Tensor, *, scale: float, 
         part_z = torch.empty(R, splits, M, dtype=torch.float32, device=q.device)
     kernel[(R, splits)](
         p_q=q.contiguous(), p_length=length, p_pos=pos, p_q_pos=None if q_pos is None else q_pos.contiguous(),
-        p_bias=bias, p_col=length if columns is None else columns, p_o=part, p_lse=part_z,
+        p_bias=bias, p_col=columns, p_o=part, p_lse=part_z,
         scale=scale * LOG2E.value, window=window, split_len=split_len, n_splits=splits, **own)  # fmt: skip
     if splits > 1:
         BDV = triton.next_power_of_2(DV)

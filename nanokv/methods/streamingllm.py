@@ -32,8 +32,8 @@ class StreamingLLM(Policy):
     renumbers = True
 
     def before_append(self, cache, n):
-        if cache.n_live + max(n) > self.budget:
-            cache.keep_best(cache.rank.float(), [self.budget - t for t in n], first=self.n_sink)
+        over = [c + t - self.budget if t else 0 for c, t in zip(cache.counts, n, strict=True)]
+        cache.drop_run(self.n_sink, [max(0, m) for m in over])
 
     def ahead(self, cache):
         return self.budget - cache.n_live
