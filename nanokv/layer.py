@@ -341,7 +341,7 @@ class LayerCache:
             see = see & (key > at - self.window)
         if self.chosen is not None and self.chosen.shape[-1] == self.N:
             see = see & (self.chosen[:, :, -pos.shape[-1] :] | (key == at))  # a token always sees itself
-        mask = torch.zeros(see.shape, device=see.device).masked_fill_(~see, -torch.inf)
+        mask = torch.where(see, 0.0, -torch.inf)
         return mask + self.column("bias")[:, :, None] if "bias" in self.slots.data else mask
 
     # What methods do
@@ -382,7 +382,7 @@ class LayerCache:
 
     def drop_run(self, first: int, n: list[int]) -> None:
         """Forget the n[r] oldest entries of row r that follow its `first` ones; slots are renumbered if that is cheap."""
-        n = [min(m, c - first) if m > 0 else 0 for m, c in zip(n, self.counts, strict=True)]
+        n = [max(0, min(m, c - first)) for m, c in zip(n, self.counts, strict=True)]
         if not any(n):
             return
         whole = self.counts == self.n_slots and min(self.counts) == max(self.counts) and not self.open
