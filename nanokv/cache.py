@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from nanokv import snapshot
-from nanokv.layer import HIDDEN, Borrowed, LayerCache, Pass
+from nanokv.entries import HIDDEN
+from nanokv.layer import Borrowed, LayerCache, Pass
 from nanokv.method import Basis, Dense, Method, Plan, Policy, Storage, together
 from nanokv.methods import parse
 from nanokv.packed import Packed
@@ -72,7 +73,7 @@ class KVCache:
     # What the model calls
 
     def begin(self, model, ids: Tensor, phase: str | None = None) -> Tensor:
-        """Start a pass of `model` over ids (B, T), see `Decoder.forward`; return their positions (B, T), -1 for none."""
+        """Start a pass of `model` over ids (B, T), see `Decoder.forward`; return positions (B, T), -1 for none."""
         now, pos = self._take(model, ids, phase)
         self._under_way, self.phase = (ids.cpu(), now), now.phase
         for layer in self.layers:
@@ -101,7 +102,7 @@ class KVCache:
         return min((n for layer in self._own() if (n := layer.ahead()) is not None), default=None)
 
     def accept(self, n: int | list[int]) -> None:
-        """Keep the first n tokens of the draft, of each sequence its own number, as if steps had read them; drop the rest.
+        """Keep the first n tokens of the draft, of each sequence its own number, as if steps had read them; drop others.
 
         What the draft's tokens saw is what steps would have seen for the first `ahead()` of them.
         """
@@ -124,9 +125,9 @@ class KVCache:
             i = j
 
     def truncate(self, n: int) -> None:
-        """Cut every sequence back to its first n tokens; NotImplementedError where a method has forgotten or packed some.
+        """Cut every sequence back to its first n tokens; what was packed early stays packed.
 
-        What was packed early stays packed.
+        NotImplementedError where a method may have forgotten entries, or has packed those that would have to go.
         """
         if n < 0:
             raise ValueError(f"a cache can be cut to 0 tokens or more, not to {n}")
@@ -203,7 +204,9 @@ class KVCache:
     def _storage(self) -> Storage:
         storage = next((m for m in self.methods if isinstance(m, Storage)), None)
         if self.bases and storage is not None and not isinstance(storage, Packed):
-            why = f"{storage.name} packs nothing, so there is nothing to hold in the coordinates of {self.bases[0].name}"
+            why = (
+                f"{storage.name} packs nothing, so there is nothing to hold in the coordinates of {self.bases[0].name}"
+            )
             raise NotImplementedError(why)
         return storage or (Packed() if self.bases else Dense())
 

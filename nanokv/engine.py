@@ -78,7 +78,7 @@ def generate_batch(
     _check_options(max_new_tokens, chunk, temperature, top_k, top_p, min_p, repetition_penalty)
     done, stop = [not p for p in prompts], set(stop)
     draws = [_generator(seed) if temperature > 0 else None for _ in prompts]
-    ids, logits = _batch(prompts), _read(model, cache, prompts, chunk, progress)
+    ids, tokens, logits = _batch(prompts), [], _read(model, cache, prompts, chunk, progress)
     for i in range(max_new_tokens):
         if i > 0:
             full = [not cache.renumbers and n >= cache.config.context for n in cache.next_position]

@@ -117,10 +117,8 @@ class FastRoPE(RoPE):
     last = ((None, None, None),) * 2
 
     def __call__(self, x: Tensor, pos: Tensor) -> Tensor:
-        for key, dtype, both in self.last:
-            if key is pos and dtype is x.dtype:
-                break
-        else:
+        both = next((both for key, dtype, both in self.last if key is pos and dtype is x.dtype), None)
+        if both is None:
             at = pos[:, None] if pos.dim() == 2 else pos  # (B, 1 or Hkv, T)
             cos, sin = self.cos[at].to(x.dtype), self.sin[at].to(x.dtype)  # (B, 1 or Hkv, T, D)
             sin[..., : sin.shape[-1] // 2].neg_()
@@ -321,7 +319,10 @@ class compiled:
             rows = layer.storage.kv
             if rows.cap[0] + rows.start[0] < self.most:
                 rows.reserve(self.most)
-        kv = [[layer.storage.kv.data[n].unflatten(0, (cache.B, layer.config.n_kv_heads, -1)) for layer in cache.layers] for n in "kv"]
+        kv = [
+            [layer.storage.kv.data[n].unflatten(0, (cache.B, layer.config.n_kv_heads, -1)) for layer in cache.layers]
+            for n in "kv"
+        ]
         cos, sin = self.rope.cos[pos[0]], self.rope.sin[pos[0]]  # (1, D)
         bags = {n: _bags(n, torch.get_num_threads()) for n in (self.config.hidden, self.config.ffn)}
         logits = self.step(ids, pos[0], cos, sin, *kv, bags)

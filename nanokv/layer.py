@@ -5,23 +5,15 @@ The attention layer calls it three times and knows nothing else about it:
     pos = cache.append(k, v, x, pos)         # 1. remember
     o   = cache.attend(rope(q, pos), pos)    # 2. look back
     cache.compress(q, pos)                   # 3. forget, then pack
-
-An entry that was forgotten is *hidden*: it is never attended to again, and its memory is reclaimed when that is worth
-a copy. Entries are numbered by their *token*, the index of the token they came from; their *position* is what RoPE and
-the causal mask use. The two differ only in caches that renumber. Slots are in the order in which their tokens came, and
-are renumbered only when a pass begins or ends.
 """
-
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from nanokv import attention, backend
+from nanokv.entries import HIDDEN, Entries
 from nanokv.method import Plan, Policy, Storage
-from nanokv.rows import Rows, spare
-
-HIDDEN = 2**31 - 1  # the token number of a forgotten entry: later than any query, so that no query sees it
+from nanokv.rows import spare
 
 
 class Pass:
@@ -37,7 +29,7 @@ class Pass:
         self.real = None if min(came, default=0) == pos.shape[1] else pos >= 0
 
 
-class LayerCache:
+class LayerCache(Entries):
     """What one layer remembers. Methods are handed it, and see `layer`, `config`, `rope`, `attn`, `plan`, B, n_rows."""
 
     recorder = None  # told what was attended to and merged, where somebody watches
@@ -56,24 +48,18 @@ class LayerCache:
 
     def allocate(self, B: int, device) -> None:
         """Create empty state for B sequences."""
-        self.B, self.n_rows, self.device = B, B * self.config.n_kv_heads, device
-        self.slots = Rows(self.n_rows)  # what is known of each slot: its token, where not implied, and columns
-        self.fills: dict[str, float] = {}  # column -> value for new slots
-        self.n_slots, self.counts = [0] * self.n_rows, [0] * self.n_rows  # slots and live entries of each row
-        self.settled = 0  # hidden slots that the storage could not let go of
-        self.moved = 0  # how often slots were renumbered
+        super().allocate(B, device)
         self.notes: dict = {}  # what methods remember of the layer: tensors (B, ...) and lists of B values
-        self.reads = [0] * B  # tokens of the prompt or step under way, for each sequence
-        self.tail = self.asked = self.chosen = None  # last queries of a prompt; what `act` is to see; what `select` chose
-        self.n_read = 0.0  # slots that were attended to since the pass began, once for each layer that did
+        self.tail = self.asked = self.chosen = (
+            None  # last queries of a prompt; what `act` is to see; what `select` chose
+        )
         self.positions = None  # of the newest entries, as `append` returned them
-        self.open = False  # a pass is under way
-        self.storage.reset(self)
+        self.n_read = 0.0  # slots that were attended to since the pass began, once for each layer that did
 
     # The three verbs
 
     def append(self, k: Tensor, v: Tensor, x: Tensor, pos: Tensor) -> Tensor:
-        """Remember T new entries k, v (B, Hkv, T, D), k not yet rotated; return their positions, (B, T) or (B, Hkv, T)."""
+        """Remember T new entries k, v (B, Hkv, T, D), k not yet rotated; return their positions (B, T) or (B, Hkv, T)."""
         if self.slots is None:
             self.allocate(k.shape[0], k.device)
         came, real = self._coming(pos)
@@ -216,72 +202,6 @@ class LayerCache:
         """Return how many tokens each sequence has read, those under way included."""
         return [a + b for a, b in zip(self.now.before, self.now.came, strict=True)]
 
-    @property
-    def N(self) -> int:
-        """Return the slots of the longest row, hidden ones included."""
-        return max(self.n_slots)
-
-    @property
-    def n_live(self) -> int:
-        """Return the live entries of the fullest row."""
-        return max(self.counts)
-
-    @property
-    def token(self) -> Tensor:
-        """Return the token of each slot, int32 (B, Hkv, N), HIDDEN where nothing lives."""
-        if "token" in self.slots.data:
-            return self.column("token", HIDDEN, torch.int32)
-        every = _numbers(self.N, self.device, torch.int32)
-        if len(set(self.n_slots)) == 1:
-            return every
-        return torch.where(every < self._per_row(self.n_slots), every, HIDDEN)
-
-    @property
-    def live(self) -> Tensor:
-        """Return which slots hold a live entry, bool (B, Hkv, N)."""
-        return self.token != HIDDEN
-
-    @property
-    def rank(self) -> Tensor:
-        """Return each live entry's place among the live ones of its row, 0 the oldest; -1 for hidden slots."""
-        if self.counts == self.n_slots and len(set(self.counts)) == 1:
-            return _numbers(self.N, self.device)
-        live = self.live
-        return torch.where(live, live.cumsum(-1) - 1, -1)
-
-    @property
-    def pos(self) -> Tensor:
-        """Return the position of each slot, as RoPE and the mask use it; HIDDEN where nothing lives."""
-        if not self.renumbers:
-            return self.token
-        rank = self.rank
-        return torch.where(rank < 0, HIDDEN, rank)
-
-    def between(self, first: int, last: int) -> Tensor:
-        """Return which slots live, but for the `first` oldest and the `last` newest, bool (B, Hkv, N)."""
-        rank = self.rank
-        return (rank >= first) & (rank < self._per_row([c - last for c in self.counts]))
-
-    def column(self, name: str, fill: float = 0.0, dtype=torch.float32) -> Tensor:
-        """Return a number kept per slot, (B, Hkv, N), `fill` where it was never set; entries take it along."""
-        if name not in self.slots.data:
-            self._add(name, torch.full((self.n_rows, self.N), fill, dtype=dtype, device=self.device), fill)
-        value = self.slots[name].view(self.B, -1, self.N)
-        if self.slots.equal:
-            return value
-        inside = torch.arange(self.N, device=self.device) < self._per_row(self.n_slots)
-        return torch.where(inside, value, fill)
-
-    def set_column(self, name: str, value: Tensor, fill: float = 0.0) -> None:
-        """Overwrite a column from (B, Hkv, N), of new slots too if it is new, which get `fill`."""
-        value = value.expand(self.B, self.config.n_kv_heads, -1).flatten(0, 1)
-        self.slots.write(name, value) if name in self.slots.data else self._add(name, value, fill)
-
-    def drop_column(self, name: str) -> None:
-        """Free a column, if there is one."""
-        self.slots.data.pop(name, None)
-        self.fills.pop(name, None)
-
     def observed(self, n: int) -> tuple[Tensor | None, Tensor | None]:
         """Return the prompt's last n queries, rotated, (B, H, n, D), and their positions (B, n), however it was cut.
 
@@ -310,7 +230,9 @@ class LayerCache:
         k, v = (t.view(self.B, -1, *t.shape[1:]) for t in self.storage.read())
         if self.raw:
             pos = self.pos
-            k = self.rope(k, pos if self.counts == self.n_slots == [self.N] * self.n_rows else pos.masked_fill(pos == HIDDEN, 0))
+            k = self.rope(
+                k, pos if self.counts == self.n_slots == [self.N] * self.n_rows else pos.masked_fill(pos == HIDDEN, 0)
+            )
         return k, v
 
     def mask(self, pos: Tensor) -> tuple[Tensor | None, bool]:
@@ -330,7 +252,13 @@ class LayerCache:
     def lengths_say_all(self) -> bool:
         """Say whether a query of the newest entry sees all of its row, rows being of unequal length."""
         ragged = self.counts == self.n_slots and min(self.counts) < max(self.counts)
-        return ragged and not self.window and self.chosen is None and self.now.real is None and "bias" not in self.slots.data
+        return (
+            ragged
+            and not self.window
+            and self.chosen is None
+            and self.now.real is None
+            and "bias" not in self.slots.data
+        )
 
     def additive_mask(self, pos: Tensor) -> Tensor:
         """Return what is to be added to the logits of queries at pos, fp32 (B, 1 or Hkv, T, N): bias, or -inf."""
@@ -345,64 +273,6 @@ class LayerCache:
         return mask + self.column("bias")[:, :, None] if "bias" in self.slots.data else mask
 
     # What methods do
-
-    def keep(self, mask: Tensor) -> None:
-        """Forget the entries whose mask is False, bool (B, Hkv, N). Sequences that read nothing now keep theirs."""
-        live = self.live
-        mask = mask.expand(self.B, self.config.n_kv_heads, -1) & live
-        if not all(self.reads):
-            paused = torch.tensor([not n for n in self.reads], device=self.device)[:, None, None]
-            mask = mask | live & paused
-        counts = mask.sum(-1).flatten().tolist()
-        if counts != self.counts:
-            self.counts = counts
-            self._write_tokens()
-            self.set_column("token", torch.where(mask, self.token, HIDDEN))
-
-    def keep_best(self, score: Tensor, n: int | list[int], first: int = 0, last: int = 0) -> None:
-        """Forget the lowest-scored entries until n live in each row; of equals the newest go.
-
-        score is fp32 (B, 1 or Hkv, N), n a number or one per row. The `first` oldest and the `last` newest of a row
-        stay whatever their score.
-        """
-        at, gone = self.leaving(score, n, first, last)
-        if not any(gone):
-            return
-        at = at.expand(self.B, self.config.n_kv_heads, -1).flatten(0, 1)  # (R, most that go)
-        self._write_tokens()
-        token = self.slots["token"]
-        if len(set(gone)) == 1:
-            token = token.scatter(1, at, HIDDEN)
-        else:
-            some = torch.arange(max(gone), device=at.device) < torch.tensor(gone, device=at.device)[:, None]
-            hidden = torch.zeros_like(token, dtype=torch.bool).scatter_(1, at, some)
-            token = token.masked_fill(hidden, HIDDEN)
-        self.slots.write("token", token)
-        self.counts = [c - g for c, g in zip(self.counts, gone, strict=True)]
-
-    def drop_run(self, first: int, n: list[int]) -> None:
-        """Forget the n[r] oldest entries of row r that follow its `first` ones; slots are renumbered if that is cheap."""
-        n = [max(0, min(m, c - first)) for m, c in zip(n, self.counts, strict=True)]
-        if not any(n):
-            return
-        whole = self.counts == self.n_slots and min(self.counts) == max(self.counts) and not self.open
-        if whole and min(n) == max(n) and self.storage.drop_run(first, n[0]):
-            self._write_tokens()
-            self.slots.drop_run(first, n[0])
-            self.n_slots = [m - n[0] for m in self.n_slots]
-            self.counts, self.moved = list(self.n_slots), self.moved + 1
-            return
-        rank = self.rank
-        self.keep((rank < first) | (rank >= first + self._per_row(n)))
-
-    def leaving(self, score: Tensor, n: int | list[int], first: int = 0, last: int = 0) -> tuple[Tensor, list[int]]:
-        """Return which slots `keep_best` would forget: (B, 1 or Hkv, m), worst first, and how many of each row."""
-        n = [n] * self.n_rows if isinstance(n, int) else n
-        rows = zip(self.counts, n, self._each(self.reads), strict=True)
-        gone = [max(0, min(c - m, c - first - last)) if reading else 0 for c, m, reading in rows]
-        least = torch.finfo(score.dtype).min
-        score = score.nan_to_num(least, torch.inf, least).masked_fill(~self.between(first, last), torch.inf)
-        return attention.lowest(score, max(gone)), gone
 
     def write(self, index: Tensor, k: Tensor, v: Tensor) -> None:
         """Overwrite the slots index (B, Hkv, M), negative to skip, with k, v (B, Hkv, M, D), k rotated as in `read`."""
@@ -439,10 +309,6 @@ class LayerCache:
         return out | {"pos": self.slots.data["token"], "col_start": self.slots.where[0], "bias": bias}
 
     # Bookkeeping
-
-    def _each(self, numbers: list[int]) -> list[int]:
-        """Repeat one number per sequence for each of its rows."""
-        return [n for n in numbers for _ in range(self.config.n_kv_heads)]
 
     def _coming(self, pos: Tensor) -> tuple[list[int], Tensor | None]:
         """Return how many tokens each sequence is to read, and which these are, or None: all."""
@@ -494,71 +360,6 @@ class LayerCache:
             q, pos = q.take_along_dim(at[:, None, :, None], 2), pos.take_along_dim(at, 1)
         n = self.n_observed
         self.tail = q[:, :, -n:].clone(), pos[:, -n:].clone()  # not views, which would hold on to the whole pass
-
-    def _per_row(self, numbers: list[int]) -> Tensor:
-        """Return one number per row as (B, Hkv, 1), or (1, 1, 1) where all are the same."""
-        if len(set(numbers)) == 1:
-            return torch.full((1, 1, 1), numbers[0], device=self.device)
-        return torch.tensor(numbers, device=self.device).view(self.B, -1, 1)
-
-    def _write_tokens(self) -> None:
-        """Write down each slot's token, where until now slot i held token i."""
-        if "token" not in self.slots.data:
-            token = self.token.expand(self.B, self.config.n_kv_heads, -1).flatten(0, 1)
-            self._add("token", token.contiguous(), HIDDEN)
-
-    def _add(self, name: str, value: Tensor, fill: float) -> None:
-        """Add a column, (R, N)."""
-        self.fills[name] = fill
-        if not self.slots.data and self.N:
-            new = [value[r, :n] for r, n in enumerate(self.n_slots)]
-            self.slots.append(self.n_slots, **{name: torch.cat(new)})
-        else:
-            self.slots.data[name] = value.new_full((sum(self.slots.cap),), fill)
-            self.slots.write(name, value)
-
-    def _number(self, n: list[int], token: Tensor, real: Tensor | None) -> None:
-        """Take note of n[r] new entries of row r, of the tokens (B, T) that are `real`."""
-        if "token" not in self.slots.data:
-            if token is not self.now.pos or self._each(self.now.before) != self.n_slots:  # slot i is not of token i
-                self._write_tokens() if self.N else self.fills.setdefault("token", HIDDEN)
-        if self.fills:
-            new = {}
-            for name, fill in self.fills.items():
-                dtype = self.slots.data[name].dtype if name in self.slots.data else torch.int32
-                new[name] = torch.full((sum(n),), fill, dtype=dtype, device=self.device)
-            if "token" in new:
-                every = token[:, None].expand(self.B, self.config.n_kv_heads, -1)
-                new["token"] = (every.flatten() if real is None else every[real[:, None].expand_as(every)]).int()
-            self.slots.append(n, **new)
-        self.n_slots = [a + t for a, t in zip(self.n_slots, n, strict=True)]
-        self.counts = [c + t for c, t in zip(self.counts, n, strict=True)]
-
-    def _cut(self, gone: list[int]) -> None:
-        """Drop each row's newest entries, which live."""
-        self.storage.cut(gone)
-        if self.slots.data:
-            self.slots.cut(gone)
-        self.n_slots = [a - b for a, b in zip(self.n_slots, gone, strict=True)]
-        self.counts = [a - b for a, b in zip(self.counts, gone, strict=True)]
-
-    def _reclaim(self, least: int) -> None:
-        """Free hidden slots, if there are `least` more of them than could not be freed last time."""
-        if self.counts == self.n_slots:
-            return
-        hidden = max(n - c for n, c in zip(self.n_slots, self.counts, strict=True))
-        if hidden - self.settled < least:
-            return
-        live = self.live.expand(self.B, self.config.n_kv_heads, -1).flatten(0, 1)
-        self.slots.keep(self.storage.keep(live))
-        self.n_slots, self.moved, self.chosen = list(self.slots.n), self.moved + 1, None
-        self.settled = max(n - c for n, c in zip(self.n_slots, self.counts, strict=True))
-
-
-@lru_cache(maxsize=8)  # layers share them
-def _numbers(n: int, device, dtype=torch.int64) -> Tensor:
-    """Return 0..n-1 as (1, 1, n)."""
-    return torch.arange(n, dtype=dtype, device=device).view(1, 1, -1)
 
 
 class Borrowed:

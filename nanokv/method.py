@@ -9,7 +9,6 @@ in the cache, as columns per entry or notes per layer, never in the method.
 import copy
 from dataclasses import dataclass, fields
 
-import torch
 from torch import Tensor
 
 from nanokv import attention

@@ -159,7 +159,7 @@ class Packed(Storage):
         return out
 
     def keep(self, mask):
-        """Free slots. A packed slot of several tokens goes with its last one, a joint row's token with its last head."""
+        """Free slots. A packed slot of several tokens goes with its last one, a joint token with its last head."""
         rest = self._whole(self._whole(mask, "k"), "v")
         for which in "kv":
             t, kinds = self.slot[which], (self.first[which], self.old[which], self.new[which])
@@ -174,14 +174,21 @@ class Packed(Storage):
     def write(self, index, k, v):
         for which, x in (("k", k), ("v", v)):
             first, old, _ = self._lengths(which)
-            behind = index - torch.tensor([a + b for a, b in zip(first, old, strict=True)], device=index.device)[:, None]
+            behind = (
+                index - torch.tensor([a + b for a, b in zip(first, old, strict=True)], device=index.device)[:, None]
+            )
             if self.per > 1 or bool(((index >= 0) & (behind < 0)).any()):
                 raise ValueError(f"{self.name} cannot overwrite entries that it has packed")
             self.new[which].put(behind.masked_fill(index < 0, -1), x=x)
 
     def repeat(self, times):
         super().repeat(times)
-        self.B, self.n_rows, self.came, self.seen = self.B * times, self.n_rows * times, self.came * times, self.seen * times
+        self.B, self.n_rows, self.came, self.seen = (
+            self.B * times,
+            self.n_rows * times,
+            self.came * times,
+            self.seen * times,
+        )
         self.U = {which: Us * times for which, Us in self.U.items()}
 
     def packed(self, which):

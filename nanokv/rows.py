@@ -33,7 +33,10 @@ class Rows:
         """Return where rows start, int64 (R,), and their lengths, int32 (R,), as tensors on the fields' device."""
         if self._where is None:
             device = next(iter(self.data.values())).device
-            self._where = torch.tensor(self.start, device=device), torch.tensor(self.n, dtype=torch.int32, device=device)
+            self._where = (
+                torch.tensor(self.start, device=device),
+                torch.tensor(self.n, dtype=torch.int32, device=device),
+            )
         return self._where
 
     def __getitem__(self, name: str) -> Tensor:

@@ -274,7 +274,7 @@ def sizes(dtype, bits_k: int, bits_v: int, group: int, M: int, D: int, amd: bool
     BT = 128  # the largest tiles of tokens that fit the registers of every GPU: they spend least per token
     if dtype == torch.float32 or (amd and min(bits_k, bits_v) == 2):
         BT = 64
-    elif max(bits_k, bits_v) < 8 and D <= 64 and BM <= 8 and dtype == torch.float16:
+    elif {bits_k, bits_v} <= {1, 2, 4} and D <= 64 and BM <= 8 and dtype == torch.float16:
         BT = 256
     wide = dtype == torch.float32 and BM * D > 1024
     out = {"M": M, "BM": BM, "D": D, "BT": max(2 * group, BT), "num_warps": 8 if wide else 4, "num_stages": 1,

@@ -14,7 +14,7 @@ from nanokv.quant import pack, quantise
 
 EVEN = tl.constexpr(1.5 * 2**23)  # added to and subtracted from an fp32 number below 2^22: rounded half to even
 LARGEST = tl.constexpr(65504.0)  # of fp16
-NUMBERS = 4096  # per program
+NUMBERS = 2048  # per program
 
 
 def encode_naive(x: Tensor, bits: int, group: int = 0) -> tuple[Tensor, Tensor, Tensor]:
