@@ -102,7 +102,7 @@ class KVCache:
         return min((n for layer in self._own() if (n := layer.ahead()) is not None), default=None)
 
     def accept(self, n: int | list[int]) -> None:
-        """Keep the first n tokens of the draft, of each sequence its own number, as if steps had read them; drop others.
+        """Keep the first n tokens of the draft, each sequence its own number, as if steps had read them; drop the rest.
 
         What the draft's tokens saw is what steps would have seen for the first `ahead()` of them.
         """

@@ -59,7 +59,7 @@ class LayerCache(Entries):
     # The three verbs
 
     def append(self, k: Tensor, v: Tensor, x: Tensor, pos: Tensor) -> Tensor:
-        """Remember T new entries k, v (B, Hkv, T, D), k not yet rotated; return their positions (B, T) or (B, Hkv, T)."""
+        """Remember new entries k, v (B, Hkv, T, D), k not yet rotated; return positions, (B, T) or (B, Hkv, T)."""
         if self.slots is None:
             self.allocate(k.shape[0], k.device)
         came, real = self._coming(pos)
@@ -279,7 +279,7 @@ class LayerCache(Entries):
         self.storage.write(*(t.flatten(0, 1) for t in (index, k, v)))
 
     def merge(self, left: Tensor, to: Tensor, k: Tensor, v: Tensor) -> None:
-        """Overwrite the slots `to` (B, Hkv, M), -1 for none, with k, v (B, Hkv, M, D), into which the slots `left` went.
+        """Overwrite the slots `to` (B, Hkv, M), -1 for none, by k, v (B, Hkv, M, D), into which the slots `left` went.
 
         The entries of `left` are still to be forgotten. Slots that several went into are given the same k, v each time.
         """

@@ -57,7 +57,7 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
 def encode(x: Tensor, bits: int, group: int = 0) -> dict[str, Tensor]:
     """Quantise and pack slots x (S, T, C): `group` channels of a token share a scale, with 0 the T tokens of a channel.
 
-    Returns code uint8 (S, T * C * bits / 8), packed over the whole slot, scale and low fp16, (S, T, C / group) or (S, C).
+    Returns code uint8 (S, T * C * bits / 8), packed over the whole slot; scale, low fp16 (S, T, C / group) or (S, C).
     """
     if kernels.backend() != "both" and kernels.triton_for(x):
         from nanokv.kernels.pack import encode_triton  # imported only now: Triton may not be installed
