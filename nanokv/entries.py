@@ -1,10 +1,10 @@
 """Which entries the rows of a layer hold: their tokens and columns, and how they are forgotten.
 
 A row is one KV head of one sequence, R = B * Hkv of them. A *slot* is one place in a row, in the order in which the
-tokens came. An entry that was forgotten is *hidden*: its slot is never attended to again, and its memory is reclaimed when
-that is worth a copy. Entries are numbered by their *token*, the index of the token that they came from; their *position* is
-what RoPE and the causal mask use. The two differ only in caches that renumber. Slots are renumbered only when a pass begins
-or ends.
+tokens came. An entry that was forgotten is *hidden*: its slot is never attended to again, and its memory is reclaimed
+when that is worth a copy. Entries are numbered by their *token*, the index of the token that they came from; their
+*position* is what RoPE and the causal mask use. The two differ only in caches that renumber. Slots are renumbered only
+when a pass begins or ends.
 """
 
 from functools import lru_cache
