@@ -53,6 +53,7 @@ class LayerCache(Entries):
         self.tail = self.asked = self.chosen = (
             None  # last queries of a prompt; what `act` is to see; what `select` chose
         )
+        self.unrotated = None  # the queries that policies are told of, before RoPE
         self.positions = None  # of the newest entries, as `append` returned them
         self.n_read = 0.0  # slots that were attended to since the pass began, once for each layer that did
 
@@ -124,6 +125,7 @@ class LayerCache(Entries):
         if phase != "decode" and self.n_observed:
             self._observe(q, pos)
         rotated = self.rope(q, pos) if self.policies else None
+        self.unrotated = q
         for policy in self.policies:
             if phase == "decode":
                 policy.after_step(self, rotated, pos)
@@ -131,6 +133,7 @@ class LayerCache(Entries):
                 policy.after_part(self, rotated, pos)
             if phase == "last":
                 policy.after_prompt(self)
+        self.unrotated = None
 
     def pack(self) -> None:
         """End the layer's part of a pass: free what was forgotten, and let the storage pack what is left."""

@@ -144,6 +144,10 @@ class Storage(Method):
         """Attend from rotated q (B, H, T, D) at pos to everything stored. An override is held to this by tests."""
         return attention.attend(q, *cache.read(), *cache.mask(pos))
 
+    def kernel(self, q: Tensor, pos: Tensor, cache) -> Tensor:
+        """Do what `attend` does by a Triton kernel; NotImplementedError, with the reason, where none is made for it."""
+        raise NotImplementedError(f"no kernel reads what {self.name} holds")
+
     def bytes(self) -> dict[str, int]:
         """Return the bytes in use by category: payload, scales, residual. What else is held is counted as unused."""
         raise NotImplementedError
@@ -184,6 +188,16 @@ class Dense(Storage):
 
     def write(self, index, k, v):
         self.kv.put(index, k=k, v=v)
+
+    def kernel(self, q, pos, cache):
+        from nanokv.kernels.decode import decode, heads_of, rows_of  # imported only now: Triton may not be installed
+
+        x = rows_of(q, cache.n_rows)  # (R, M, D)
+        more = cache.visible(pos, q.shape[1] // cache.config.n_kv_heads)
+        if cache.raw:
+            more |= {"cos": cache.rope.cos, "sin": cache.rope.sin}
+        k, v = self.kv.data["k"], self.kv.data["v"]
+        return heads_of(decode(x, k, v, *self.kv.where, scale=q.shape[-1] ** -0.5, most=cache.N, **more), q)
 
     def bytes(self):
         return {"payload": self.kv.bytes()}
@@ -281,16 +295,27 @@ class Evict(Policy):
         raise NotImplementedError
 
     def ahead(self, cache):
-        return max(1, self.budget - cache.n_live + 1) if self.online else None
+        return max(1, self._room(cache) + 1) if self.online else None
 
     def after_prompt(self, cache):
         if max(cache.next_position) > self.budget:
             score = cache.plan.rescore(cache, self.score(cache, *cache.observed(self.observes)), self)
-            cache.keep_best(score, cache.plan.shares(cache, score, self), *self.protects)
+            shares = cache.plan.shares(cache, score, self)
+            cache.keep_best(score, shares, *self.protects)
+            if self.online and not isinstance(shares, int):
+                cache.notes[f"{self.name}'s shares"] = shares
 
     def after_step(self, cache, q, pos):
-        if self.online and cache.n_live > self.budget:
-            cache.keep_best(self.score(cache, q, pos), self.budget, *self.protects)
+        if self.online and self._room(cache) < 0:
+            cache.keep_best(self.score(cache, q, pos), self._shares(cache), *self.protects)
+
+    def _shares(self, cache) -> list[int]:
+        """Return how many entries each row may keep."""
+        return cache.notes.get(f"{self.name}'s shares") or [self.budget] * cache.n_rows
+
+    def _room(self, cache) -> int:
+        """Return how many entries may come before a row has more than it may keep."""
+        return min(n - c for n, c in zip(self._shares(cache), cache.counts, strict=True))
 
 
 class Plan(Policy):

@@ -149,6 +149,27 @@ class Packed(Storage):
             return super().attend(q, pos, cache)
         return attention.in_parts(q, self.parts("k"), self.parts("v"), cache.additive_mask(pos))
 
+    def kernel(self, q, pos, cache):
+        """Attend to each part in its own coordinates by a kernel, and average them by their shares of the softmax."""
+        from nanokv.kernels.decode import decode, heads_of, merge, rows_of
+
+        if type(self).encode is not Packed.encode or cache.raw or self.joint:
+            raise NotImplementedError(f"no kernel reads what {self.name} packs here")
+        x, out = rows_of(q, cache.n_rows).float(), []  # (R, M, D)
+        more = cache.visible(pos, q.shape[1] // cache.config.n_kv_heads) | {"scale": q.shape[-1] ** -0.5, "lse": True}
+        for kind in (self.first, self.old, self.new):
+            k, v = kind["k"], kind["v"]
+            if (k.start, k.n) != (v.start, v.n):
+                raise NotImplementedError("no kernel reads keys and values that are packed apart")
+            if any(k.n):
+                U_k, U_v = (torch.stack(self.U[which]) if kind is self.old else None for which in "kv")  # (R, D, C)
+                z = x if U_k is None else x @ U_k
+                o, lse = decode(z, k.data["x"], v.data["x"], *k.where, most=max(k.n), **more)
+                out.append((o if U_v is None else o @ U_v.mT, lse))
+                if "col_start" in more:
+                    more["col_start"] = more["col_start"] + k.where[1]
+        return heads_of(merge(out).to(q.dtype), q)
+
     def parts(self, which: str) -> list[tuple[Tensor, Tensor | None]]:
         """Return (x (R, n, C), basis U (R, D, C) or None) in the order of slots; rows are equal."""
         first, old, new = self.first[which], self.old[which], self.new[which]

@@ -57,8 +57,10 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
 def encode(x: Tensor, bits: int, group: int = 0) -> dict[str, Tensor]:
     """Quantise and pack slots x (S, T, C): `group` channels of a token share a scale, with 0 the T tokens of a channel.
 
+    Where `group` does not divide C, as in a basis of fewer channels, the largest size below it that does is taken.
     Returns code uint8 (S, T * C * bits / 8), packed over the whole slot; scale, low fp16 (S, T, C / group) or (S, C).
     """
+    group = group and divisor(x.shape[-1], group)
     if kernels.backend() != "both" and kernels.triton_for(x):
         from nanokv.kernels.pack import encode_triton  # imported only now: Triton may not be installed
 
@@ -77,7 +79,7 @@ def decode(code: Tensor, scale: Tensor, low: Tensor, bits: int, tokens: int, gro
     """Undo `encode`, in fp32: (S, tokens, C)."""
     codes = unpack(code, bits).unflatten(1, (tokens, -1))  # (S, T, C)
     if group:
-        return dequantise(codes.unflatten(-1, (-1, group)), scale, low).flatten(-2)
+        return dequantise(codes.unflatten(-1, (scale.shape[-1], -1)), scale, low).flatten(-2)
     return dequantise(codes.mT, scale, low).mT
 
 

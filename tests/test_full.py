@@ -12,9 +12,10 @@ def test_ledger_equals_the_formula(T):
     m = tiny.model()
     cache = KVCache(m)
     tiny.feed(m, cache, tiny.ids(T), 64)
-    total, slot = cache.ledger()["total"], 2 * 32 * 4
-    assert total["payload"] == total["full"] == 2 * 2 * T * slot  # layers, KV heads
-    assert total["held"] == 2 * 2 * (T + max(16, T // 16)) * slot
+    slot = 2 * 32 * 4
+    for row in cache.ledger()["layers"]:
+        assert row["payload"] == row["full"] == row["read"] == 2 * T * slot  # KV heads
+        assert 0 <= row["unused"] <= 2 * max(16, T // 16) * slot and row["held"] == row["payload"] + row["unused"]
 
 
 def test_it_holds_rotated_keys_and_values_in_order():

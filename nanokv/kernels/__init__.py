@@ -75,23 +75,13 @@ def triton_for(x: Tensor) -> bool:
     return not why
 
 
-def rows_of(q: Tensor, R: int) -> Tensor:
-    """Return q (B, H, T, D) with the queries of a group as rows of its KV head: (R, M, D), contiguous."""
-    return q.reshape(R, -1, q.shape[-1]).contiguous()
-
-
-def heads_of(o: Tensor, q: Tensor) -> Tensor:
-    """Undo `rows_of` for outputs o (R, M, Dv): (B, H, T, Dv), with B, H and T as in q."""
-    return o.view(*q.shape[:3], -1)
-
-
 @lru_cache(maxsize=1)
 def _outdated() -> str:
     for name, least in OLDEST.items():
         try:
             version = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            return f"{name.capitalize()} is not installed"
+            return f"{name} is not installed"
         if tuple(map(int, re.findall(r"\d+", version)[:2])) < least:
             return f"Triton kernels need {name} {'.'.join(map(str, least))} or newer, not {version}"
     return ""

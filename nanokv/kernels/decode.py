@@ -278,6 +278,26 @@ def apart(attend, q: Tensor, q_pos: Tensor | None):
     return tuple(torch.cat(x, 1) for x in zip(*parts, strict=True)) if type(parts[0]) is tuple else torch.cat(parts, 1)
 
 
+def rows_of(q: Tensor, R: int) -> Tensor:
+    """Return q (B, H, T, D) with the queries of a group as rows of its KV head: (R, M, D), contiguous."""
+    return q.reshape(R, -1, q.shape[-1]).contiguous()
+
+
+def heads_of(o: Tensor, q: Tensor) -> Tensor:
+    """Undo `rows_of` for outputs o (R, M, Dv): (B, H, T, Dv), with B, H and T as in q."""
+    return o.view(*q.shape[:3], -1)
+
+
+def merge(parts: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """Average o (R, M, Dv) of several parts of the same rows by their shares of the softmax's denominator, their lse."""
+    if len(parts) == 1:
+        return parts[0][0]
+    o, lse = (torch.stack(x) for x in zip(*parts, strict=True))  # (parts, R, M, Dv), (parts, R, M)
+    total = lse.logsumexp(0)
+    share = (lse - total.masked_fill(total.isneginf(), 0.0)).exp()  # a query that sees nothing has none
+    return (o * share[..., None]).sum(0)
+
+
 def check(q: Tensor, k: Tensor, v: Tensor) -> None:
     """Raise if these are not the arguments a kernel was made for."""
     if q.shape[1] > MOST_ROWS:

@@ -5,8 +5,9 @@ have more keys than values as codes, or the other way round. A split walks throu
 softmax of decode.py: first over the tiles that are codes throughout, then over the rest, where codes and exact numbers
 are both loaded and each is zero where the other counts.
 
-Codes are packed slot by slot: a slot of keys is GROUP_K tokens, whose numbers of one channel share a scale and a minimum,
-one of values is a token, of which GROUP_V channels share them. A width is packed as its binary digits, see `codes`.
+Codes are packed slot by slot: a slot of keys is GROUP_K tokens, whose numbers of one channel share a scale and a
+minimum, one of values is a token, of which GROUP_V channels share them. A width is packed as its binary digits, see
+`codes`.
 
 What makes quantised attention slow on a GPU is not the memory, which it was made to save, but the instructions that
 take bytes apart. Four things keep them few. Four bytes, of four channels, are loaded as one word, which is two pairs of
@@ -14,9 +15,8 @@ bytes in halves of 16 bits as it stands, channels 0 and 2, and again when shifte
 two at a time, and channels 1 and 2 of every four change places in queries and results instead, see `exchange`. Codes
 are neither shifted nor converted from integers: an fp16 number whose mantissa is the masked byte, with the exponent at
 which that code counts in ones, is 2^e + code exactly, so that one subtraction yields the code. Masking and setting the
-exponent are one instruction, and the halves of a word stay one pair, but only if the compiler cannot know one of the
-constants, see `unknown`. And minima are not added to keys: their product with a query is the same for all tokens of a
-slot and is added to the scores.
+exponent are one instruction, but only if the compiler cannot know one of its constants, see `unknown`. And minima are
+not added to keys: their product with a query is the same for all tokens of a slot and is added to the scores.
 
 That also spares keys with large channels a rounding. Codes are counted from the middle of their range, 2^(bits - 1):
 the smaller the product of code and scale, the smaller its rounding, and at 2 bits, -2 to 1, there is none.
@@ -101,7 +101,7 @@ def planes(p_word, o_slot, m_slot, unknown, N: tl.constexpr, BITS: tl.constexpr,
     o_word = o_slot[:, None] * (N * BITS // 32) + N * DONE // 32 + tl.arange(0, W)[None, :]
     # (slots, W) words of the bytes of four channels
     word = tl.load(p_word + o_word, mask=m_slot[:, None], other=0)
-    pair = tl.reshape(tl.join(word + unknown, word >> 8), (word.shape[0], 1, 2 * W))  # the low bytes of halves count
+    pair = tl.reshape(tl.join(word, word >> 8), (word.shape[0], 1, 2 * W))  # the low bytes of halves count
     shift = tl.reshape(tl.arange(0, PER) * PART, (1, PER, 1))
     mask = ((1 << PART) - 1) << shift
     magic = 0x6400 - ((shift - DONE) << 10)  # 2^e in fp16, at which this part of the byte counts in 2^DONE

@@ -12,17 +12,18 @@ Bytes: the budgets b_l of all L layers add up to C = (budget - window) * L, or t
     `full`, after a prompt: held = S_l * Hkv * (2 * D * itemsize + 4) for layer l with S_l = n_l + max(16, n_l // 16)
     slots, n_l = b_l + window; the n_l are budget on average.
 Acts: the prompt is read exactly, so the first generated token sees all of it. In its last pass, after every layer l,
-    layers 0..l are cut to their shares (cascading=False: all layers once, after the last one). Then every step attends
-    to at most b_l + window + 1 entries and forgets the one that this step's query cares least for. Prompts of at most
-    `budget` tokens are kept whole, bit by bit; what they leave of C is shared equally. When a prompt is read in parts,
-    only the last part has the window, and earlier parts are held by all layers: the cascade bounds the memory of a
-    prompt only if it is read in one part.
+    layers 0..l are cut to their shares. Then every step attends to at most b_l + window + 1 entries and forgets the one
+    that this step's query cares least for. Prompts of at most `budget` tokens are kept whole, bit by bit; what they
+    leave of C is shared equally, and until that is full every step is the full cache's, bit by bit. When a prompt is
+    read in parts, only the last part has the window, and earlier parts are held by all layers: the cascade bounds the
+    memory of a prompt only if it is read in one part. A storage packs once the last layer has been read.
 Differs: shares are rounded by divisors (Jefferson's rule): b_l = floor(P_l / x), not below `floor` and not above what
     there is, with the x that makes the sum exact. The authors' code truncates, spreads what capped layers leave
     equally, and repairs single slots. Jefferson's rule only ever takes from a layer when others join, so cascade and
     one-shot keep the same entries, whatever is capped. `floor` is new: a layer with constant attention would get
-    nothing. Nothing is forgotten up to budget tokens (the authors: budget + window). Sequences of a batch get budgets
-    of their own. Steps compute attention another way than `full`'s: results are equal but for rounding.
+    nothing. Nothing is forgotten up to budget tokens (the authors: budget + window, and for prompts of that length
+    uniform layers). In steps the neighbours over which attention is pooled are those in the text; in the authors' code
+    they lie in the order of the prompt's scores. Sequences of a batch get budgets of their own.
 """
 
 from dataclasses import dataclass
@@ -30,10 +31,14 @@ from dataclasses import dataclass
 from nanokv.attention import pool
 from nanokv.method import Plan, at_least
 
-KERNEL = 5
+KERNEL = 5  # neighbours over which indicators are averaged
 
 
 def allot(weights, total, caps, floor):
+    """Return integers within [floor, cap] in proportion to weights that add up to total, or all caps if that is less.
+
+    They are floor(weight / x) for one x, clamped; slots that several layers have an equal right to go to the earlier.
+    """
     if sum(caps) <= total:
         return list(caps)
     largest = max(weights)
@@ -55,7 +60,10 @@ def allot(weights, total, caps, floor):
 
 @dataclass
 class CAKE(Plan):
-    """Layer budgets from attention. budget: entries per KV head and layer, on average; see the card."""
+    """Layer budgets from attention. budget: entries per KV head and layer, on average; window: newest entries, which
+    are kept and whose queries decide; gamma: weight of the variance in an entry's indicator; tau1, tau2: temperatures
+    of entropy and variance; floor: entries that every layer gets.
+    """
 
     budget: int = 512
     window: int = 32
@@ -63,52 +71,70 @@ class CAKE(Plan):
     tau1: float = 1.0
     tau2: float = 1.0
     floor: int = 16
-    limits = {"window": at_least(2), "gamma": at_least(0), "floor": at_least(0)}
+    limits = {"window": at_least(2), "gamma": (lambda x: 0 <= x <= 1e6, "from 0 to 1,000,000"),
+              "tau1": at_least(0.05), "tau2": at_least(0.05), "floor": at_least(0)}  # fmt: skip
 
     def __post_init__(self):
         super().__post_init__()
         if self.budget <= self.window:
-            raise ValueError(f"cake: budget must be above the window, {self.window}")
+            raise ValueError(f"cake: budget must be above the window, {self.window}, got {self.budget}")
         self.past, self.observes = self.budget - self.window, self.window
-        self.low = min(self.floor, self.past)
+
+    @property
+    def protects(self):
+        return 0, self.window
+
+    def most(self, prompt, new):
+        return min(prompt + new, self.budget)
 
     def after_prompt(self, cache):
         """Note the layer's preference, entropy^(1/tau1) * variance^(1/tau2), and the indicator of each entry."""
         prefix, (q, pos) = self._prefix(cache), cache.observed(self.window)
         p = cache.probs(q, pos).unflatten(1, (cache.config.n_kv_heads, -1)) * prefix[:, :, None, None]
-        mean = p.mean(3)  # (B, Hkv, G, N)
-        var = (p - mean.unsqueeze(3)).square_().sum(3) / max(1, q.shape[2] - 1)
-        entropy = -(p * (p + 1e-10).log()).flatten(1).sum(1).clamp(max=0)
-        both = zip((entropy.abs()).tolist(), var.flatten(1).sum(1).tolist(), strict=True)
+        real = (pos >= 0)[:, None, None, :, None]  # a short prompt beside a longer one has fewer queries
+        n = real.sum(3).clamp(min=1)
+        mean = p.sum(3) / n  # (B, Hkv, G, N)
+        var = ((p - mean.unsqueeze(3)) * real).square_().sum(3) / (n - 1).clamp(min=1)
+        entropy = (-p * (p + 1e-10).log()).flatten(1).sum(1).clamp(min=0)  # (B,)
+        both = zip(entropy.tolist(), var.flatten(1).sum(1).tolist(), strict=True)
         cache.notes["preference"] = [h ** (1 / self.tau1) * v ** (1 / self.tau2) for h, v in both]
-        cache.column("indicator")
         cache.set_column("indicator", pool((mean + self.gamma * var).mean(2), prefix, KERNEL, "avg"))
 
     def after_layer(self, cache, i, x, pos):
-        """Cut layers 0..i, the first ones of the model, to their shares of the whole, and note these as budgets."""
         if cache.phase == "last":
-            layers, total = cache.layers[: i + 1], self.past * cache.config.n_layers
-            stored, B = [self._stored(c) for c in layers], cache.layers[0].B
-            per = [allot([c.notes["preference"][b] for c in layers], total, [n[b] for n in stored], self.low) for b in range(B)]
-            rest = [(total - sum(s)) // len(layers) for s in per]
-            for j, c in enumerate(layers):
-                self._keep(c, c.column("indicator"), [s[j] for s in per])
-                c.notes["budget"] = [s[j] + r for s, r in zip(per, rest, strict=True)]
+            self.cut(cache.layers[: i + 1])
         return x, pos
 
-    def after_step(self, cache, q, pos):
-        budgets = cache.notes.get("budget", [self.past] * cache.B)
-        if any(n > b for n, b in zip(self._stored(cache), budgets, strict=True)):
-            p = cache.probs(q[:, :, -1:], pos[..., -1:])[:, :, 0].unflatten(1, (cache.config.n_kv_heads, -1))
-            self._keep(cache, pool(p.mean(2), self._prefix(cache), KERNEL, "avg"), budgets)
+    def after_pass(self, cache):
+        for layer in cache.layers if cache.phase == "last" else ():
+            layer.drop_column("indicator")
 
-    def _stored(self, cache):
-        heads = cache.config.n_kv_heads
-        return [max(0, max(cache.counts[i : i + heads]) - self.window) for i in range(0, cache.n_rows, heads)]
+    def after_step(self, cache, q, pos):
+        if self.ahead(cache) < 1:
+            p = cache.probs(q, pos)[:, :, -1].unflatten(1, (cache.config.n_kv_heads, -1))  # (B, Hkv, G, N)
+            score = pool(p.mean(2), self._prefix(cache), KERNEL, "avg")
+            cache.keep_best(score, self._budgets(cache), last=self.window)
+
+    def ahead(self, cache):
+        return 1 + min(n - c for n, c in zip(self._budgets(cache), cache.counts, strict=True))
+
+    def cut(self, layers):
+        """Cut layers, the first ones of the model, to their shares of the whole, and note these as budgets."""
+        total, Hkv = self.past * layers[0].config.n_layers, layers[0].config.n_kv_heads
+        for b in [b for b, n in enumerate(layers[0].reads) if n]:  # sequences that this prompt is of
+            rows = slice(b * Hkv, (b + 1) * Hkv)
+            stored = [max(0, max(c.counts[rows]) - self.window) for c in layers]
+            shares = allot([c.notes["preference"][b] for c in layers], total, stored, min(self.floor, self.past))
+            rest = (total - sum(shares)) // len(layers)  # 0 but where all fits: a short text grows into it
+            for c, n in zip(layers, shares, strict=True):
+                self._budgets(c)[rows] = [n + rest + self.window] * Hkv
+        for c in layers:
+            c.keep_best(c.column("indicator"), self._budgets(c), last=self.window)
+
+    def _budgets(self, cache):
+        """Return how many entries each row may hold, the window included: a list to write to."""
+        return cache.notes.setdefault("budget", [self.budget] * cache.n_rows)
 
     def _prefix(self, cache):
+        """Return which slots hold entries older than the window, bool (B, Hkv, N)."""
         return cache.between(0, self.window).expand(cache.B, cache.config.n_kv_heads, -1)
-
-    def _keep(self, cache, score, budgets):
-        rows = [n + self.window for n in budgets for _ in range(cache.config.n_kv_heads)]
-        cache.keep_best(score, rows, last=self.window)

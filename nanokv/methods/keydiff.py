@@ -4,20 +4,17 @@ Paper: KeyDiff: Key Similarity-Based KV Cache Eviction for Long-Context LLM Infe
     Environments, arXiv 2504.15364
 Axis: token
 Idea: Most keys of a head point more or less the same way, and the few that do not tend to receive the attention. So
-    forget the keys that have the highest cosine with the mean direction. Neither queries nor attention are needed, so a
-    prompt can be cut while it is being read.
+    forget the keys that have the highest cosine with the mean direction. Neither queries nor attention are needed.
 Stores: the storage's entries and the token number of each, int32; KV heads keep equally many, but different tokens.
 Bytes: under `full`, once more than budget tokens were read: held = S * Hkv * (2 * D * itemsize + 4) per layer with
     S = budget + max(16, budget // 16) slots, whatever the length of the text.
 Acts: the prompt is read exactly, so the first generated token sees all of it, and cut to `budget` entries per KV head
-    when its last token is in. With block=128 the prompt is read in parts of 128 tokens (fewer where the engine reads
-    fewer at once), each followed by a cut: no more than budget + block entries ever live, but later parts, and the
-    first generated token, see what is left. Then every step attends to at most budget + 1 entries and forgets one, not
-    the newest. With decode_update=False nothing is forgotten after the prompt, and each generated token adds one entry.
-Differs: the authors read in blocks of 128; here this is an option, so that methods can be compared on the same prompt.
-    Keys are compared as they are stored, rotated by their positions. The mean is taken anew of what lives at every cut.
-    Nothing but the newest token of a step is protected unless n_sink and window say so. Equal cosines: the older entry
-    stays.
+    when its last token is in. Then every step attends to at most budget + 1 entries and forgets one, not the newest.
+    With online=False nothing is forgotten after the prompt, and each generated token adds one entry.
+Differs: the authors read in blocks of 128, each followed by a cut, so that later parts of a prompt see what is left;
+    here prompts are read whole, so that methods can be compared on the same prompt. Keys are compared as they are
+    stored, rotated by their positions. The mean is taken anew of what lives at every cut. Nothing but the newest token
+    of a step is protected. Equal cosines: the older entry stays.
 """
 
 from dataclasses import dataclass
@@ -42,5 +39,5 @@ class KeyDiff(Evict):
     def score(self, cache, q, pos):
         k = cache.read()[0].float()
         length = k.norm(dim=-1).clamp(min=1e-12)  # (B, Hkv, N)
-        anchor = torch.where(cache.live, 1 / length, 0.0)[:, :, None] @ k  # sum of unit keys; its direction matters
-        return -(anchor @ k.mT)[:, :, 0] / length
+        anchor = torch.where(cache.live, 1 / length, 0.0)[:, :, None] @ k  # the sum of unit keys; its direction matters
+        return -(anchor @ k.mT)[:, :, 0] / length  # times the anchor's length, the same for all of a head

@@ -24,16 +24,40 @@ from nanokv.method import Policy, at_least
 
 @dataclass
 class StreamingLLM(Policy):
-    """Sinks and a sliding window, renumbered. budget: entries per KV head."""
+    """Sinks and a sliding window. budget: entries per KV head; n_sink: of them, first ones; reindex: positions inside
+    the cache, else original.
+    """
 
     budget: int = 1024
     n_sink: int = 4
-    limits = {"budget": at_least(2), "n_sink": at_least(0)}
-    renumbers = True
+    reindex: bool = True
+    limits = {"budget": at_least(1), "n_sink": at_least(0)}
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.budget <= self.n_sink:
+            raise ValueError(f"{self.name}: budget must be at least n_sink + 1 = {self.n_sink + 1}, got {self.budget}")
+        self.renumbers = self.reindex
+        self.chunk = max(1, (self.budget - self.n_sink) // 4) if self.reindex else None
+
+    @property
+    def protects(self):
+        return self.n_sink, self.budget - self.n_sink
+
+    def check(self, config):
+        if self.reindex and self.budget > config.context:
+            raise ValueError(f"{self.name}: budget must be at most the model's context, {config.context}")
+
+    def most(self, prompt, new):
+        return min(prompt + new, self.budget)
 
     def before_append(self, cache, n):
-        over = [c + t - self.budget if t else 0 for c, t in zip(cache.counts, n, strict=True)]
-        cache.drop_run(self.n_sink, [max(0, m) for m in over])
+        if self.reindex or cache.phase == "decode":
+            over = [c + t - self.budget if t else 0 for c, t in zip(cache.counts, n, strict=True)]
+            cache.drop_run(self.n_sink, over)
+
+    def after_prompt(self, cache):
+        cache.drop_run(self.n_sink, [c - self.budget for c in cache.counts])
 
     def ahead(self, cache):
-        return self.budget - cache.n_live
+        return max(1, self.budget - cache.n_live)

@@ -10,23 +10,24 @@ Bytes: under `full`, once more than budget tokens were read: held = S * Hkv * (2
     S = budget + max(16, budget // 16) slots, whatever the length of the text.
 Acts: the prompt is read exactly, so the first generated token sees all of it; all but `budget` entries per KV head go
     when its last token is in, by that token's attention. Then every step attends to at most budget + 1 entries and
-    forgets one: at most `budget` live after a step. With decode_update=False nothing is forgotten after the prompt, and
-    each generated token adds one entry.
-Differs: the newest entry always stays; with protect_last=False it competes, as the authors have it. heads="kv_head"
-    averages over each query group alone, so that KV heads keep tokens of their own; so does every sequence whose heads
-    other methods have left with different tokens. Several tokens in one step count as one: the last one's attention
-    decides. Positions are kept as they were. Equal attention: the older entry stays. Steps compute attention another
-    way than `full`'s, also within the budget: results are equal but for rounding.
+    forgets one: at most `budget` live after a step. With online=False nothing is forgotten after the prompt, and each
+    generated token adds one entry.
+Differs: the newest entry always stays; in the authors' code it competes. Where other methods have left the KV heads of
+    a sequence with different tokens, each is judged by its own query heads. Several tokens in one step count as one: the
+    last one's attention decides. Positions are kept as they were. Equal attention: the older entry stays.
 """
 
 from dataclasses import dataclass
 
+from nanokv.attention import reduce_group
 from nanokv.method import Evict, at_least
 
 
 @dataclass
 class TOVA(Evict):
-    """The last query decides, on the average of all heads. budget: entries per KV head."""
+    """The last query decides, on the average of all heads. budget: entries per KV head; online: forget after the prompt
+    too.
+    """
 
     budget: int = 512
     online: bool = True
@@ -34,4 +35,10 @@ class TOVA(Evict):
     observes = n_recent = 1
 
     def score(self, cache, q, pos):
-        return cache.probs(q[:, :, -1:], pos[..., -1:])[:, :, 0].mean(1, keepdim=True)
+        p = cache.probs(q[:, :, -1:], pos[..., -1:])[:, :, 0]  # (B, H, N)
+        token = cache.token
+        if token.shape[1] == 1 or bool((token == token[:, :1]).all()):
+            return p.mean(1, keepdim=True)
+        score = reduce_group(p, cache.config.n_kv_heads, "mean")
+        same = (token == token[:, :1]).flatten(1).all(1)  # (B,): a slot is one token, whichever head
+        return score.mean(1, keepdim=True).where(same[:, None, None], score)

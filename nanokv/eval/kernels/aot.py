@@ -78,7 +78,7 @@ def cases() -> dict[str, Case]:
     types = {"p_part": "*fp32", "p_part_lse": "*fp32", "p_o": "*fp16", "p_lse": "*fp32", "n_splits": "i32"}
     for D in (64, 128, 256):
         out[f"combine D={D}"] = Case(decode.combine, types, {"M": 3, "DV": D, "BDV": D, "BS": decode.MOST_SPLITS})
-    for dtype, name in TYPES.items():
+    for name in TYPES.values():
         for bits in (2, 3, 4, 8):
             types = {"p_x": f"*{name}", "p_code": "*u8", "p_scale": "*fp16", "p_low": "*fp16", "n": "i32"}
             keys = {"BITS": bits, "N": 32 * 64, "L": 64, "AXIS": 1, "BS": pack.NUMBERS // (32 * 64)}
