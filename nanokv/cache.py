@@ -324,6 +324,8 @@ def _storages(parts) -> dict[int, int]:
             out |= _storages(part)
     elif isinstance(parts, dict):
         out = _storages(list(parts.values()))
-    elif isinstance(parts, (Rows, Pass)):
-        out = _storages(vars(parts))
+    elif isinstance(parts, Rows):
+        out = _storages(parts.data)
+    elif isinstance(parts, Pass):
+        out = _storages([parts.pos, parts.real])
     return out

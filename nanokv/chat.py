@@ -26,27 +26,30 @@ class Conversation:
     def ids(self, text: str) -> list[int]:
         """Return the tokens to read for a user's next message: what is unread, the end of the last turn, this one."""
         user = {"role": "user", "content": text}
-        if self.cache.next_position == 0:
+        if not self.cache.B:
             return self.tokenizer.encode(self.tokenizer.chat([*self.system, user]))
         before = [*self.system, {"role": "user", "content": "x"}, {"role": "assistant", "content": MARK}]
         return self.unread + self.tokenizer.encode(self.tokenizer.chat([*before, user]).split(MARK, 1)[1])
 
     def say(self, text: str, max_new_tokens: int = 200, **options) -> Iterator[int]:
         """Read a message and yield the tokens of the reply; options as in `generate`. May be left at any token."""
-        ids, start, reply = self.ids(text), self.cache.next_position, []
+        ids, start, reply = self.ids(text), self._read(), []
         try:
             for token in generate(self.model, self.cache, ids, max_new_tokens, **options):
                 reply.append(token)
                 yield token
         finally:
-            if self.cache.next_position > start:
-                self.unread = reply[self.cache.next_position - start - len(ids) :]
+            if self._read() > start:
+                self.unread = reply[self._read() - start - len(ids) :]
 
     def settle(self) -> None:
         """Read what is unread, so that the cache holds the whole conversation: before it is saved."""
         for token in self.unread:
-            self.model(torch.tensor([[token]], device=self.model.embed.weight.device), self.cache, last=True)
+            self.model(torch.tensor([[token]]), self.cache, last=True)
         self.unread = []
+
+    def _read(self) -> int:
+        return self.cache.next_position[0] if self.cache.B else 0
 
 
 class Beside:

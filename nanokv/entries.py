@@ -102,6 +102,8 @@ class Entries:
         """Free a column, if there is one."""
         self.slots.data.pop(name, None)
         self.fills.pop(name, None)
+        if not self.slots.data:  # nothing to be known of slots: their number is not kept up either
+            self.slots = Rows(self.n_rows)
 
     # Forgetting
 

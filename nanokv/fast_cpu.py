@@ -5,6 +5,7 @@ values. `attend` takes over from `Storage.attend` where the backend is "auto".
 """
 
 import math
+import time
 from functools import lru_cache
 
 import torch
@@ -265,7 +266,7 @@ def paid(q: Tensor, k: Tensor, reduce: str, block: int = 128) -> Tensor:
     """
     (B, H, T, D), (_, Hkv, N, _) = q.shape, k.shape
     G = H // Hkv
-    q, k = (q.float() / math.sqrt(D)).view(B * Hkv, G, T, D), k.float().flatten(0, 1)
+    q, k = (q.float() / math.sqrt(D)).reshape(B * Hkv, G, T, D), k.float().flatten(0, 1)
     later = torch.full((min(T, block),) * 2, -torch.inf).triu_(1)  # of a block's own entries
     out = q.new_zeros(B * Hkv, N)
     for r in range(B * Hkv):
@@ -305,6 +306,7 @@ class compiled:
                 raise NotImplementedError(f"--compile is made for {why} only")
         self.model, self.config, self.most = model, c, most
         self.rope, self.layers, self.embed_tokens = model.rope, model.layers, model.embed_tokens
+        self.told = None  # told, once, how long it took to compile
         self.step = torch.compile(self._step, dynamic=False, fullgraph=True, options={"cpp_wrapper": True})
 
     def __call__(self, ids: Tensor, cache, phase: str | None = None, last: bool = False) -> Tensor:
@@ -325,7 +327,11 @@ class compiled:
         ]
         cos, sin = self.rope.cos[pos[0]], self.rope.sin[pos[0]]  # (1, D)
         bags = {n: _bags(n, torch.get_num_threads()) for n in (self.config.hidden, self.config.ffn)}
+        start = time.perf_counter()
         logits = self.step(ids, pos[0], cos, sin, *kv, bags)
+        if self.told:
+            self.told(f"the first step was compiled in {time.perf_counter() - start:.0f} s")
+            self.told = None
         for layer in cache.layers:
             layer.storage.kv.grown(1)
             layer.grown(pos)

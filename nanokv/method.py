@@ -44,14 +44,14 @@ class Method:
         for field in fields(self):
             value, kind = getattr(self, field.name), type(field.default)
             if type(value) is not kind and not (kind is float and type(value) is int):
-                raise ValueError(f"{self.name}: {field.name} must be {_KINDS[kind]}, got {value!r}")
+                raise ValueError(f"{self.name}: {field.name} must be {_KINDS.get(kind, kind.__name__)}, got {value!r}")
             ok, what = self.limits.get(field.name, (lambda x: True, ""))
             if not ok(value) or value != value:
                 raise ValueError(f"{self.name}: {field.name} must be {what}, got {value}")
 
     def __repr__(self) -> str:
         given = ", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in fields(self))
-        return f"{self.source or self.name}({given})"
+        return f"{self.source or self.name}({given})" if given else self.source or self.name
 
     def check(self, config) -> None:
         """Raise NotImplementedError, with the reason, if the method cannot work with this model."""
@@ -299,15 +299,20 @@ class Evict(Policy):
 
     def after_prompt(self, cache):
         if max(cache.next_position) > self.budget:
-            score = cache.plan.rescore(cache, self.score(cache, *cache.observed(self.observes)), self)
+            q, pos = cache.observed(self.observes)
+            score = cache.plan.rescore(cache, self.score(cache, q, pos), self)
             shares = cache.plan.shares(cache, score, self)
-            cache.keep_best(score, shares, *self.protects)
+            self.forget(cache, score, shares, q)
             if self.online and not isinstance(shares, int):
                 cache.notes[f"{self.name}'s shares"] = shares
 
     def after_step(self, cache, q, pos):
         if self.online and self._room(cache) < 0:
-            cache.keep_best(self.score(cache, q, pos), self._shares(cache), *self.protects)
+            self.forget(cache, self.score(cache, q, pos), self._shares(cache), q)
+
+    def forget(self, cache, score: Tensor, n: int | list[int], q: Tensor) -> None:
+        """Make do with n entries, a number or one per row, of these scores; q are the queries that gave them."""
+        cache.keep_best(score, n, *self.protects)
 
     def _shares(self, cache) -> list[int]:
         """Return how many entries each row may keep."""

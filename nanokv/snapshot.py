@@ -22,7 +22,7 @@ from nanokv.rows import Rows
 
 FORMAT = "4"
 ZEROS = b"0" * 64
-LAYER = ("B", "n_slots", "counts", "fills", "settled", "moved")  # what a LayerCache knows beside its tensors
+LAYER = ("B", "n_slots", "counts", "fills", "settled", "moved", "n_read")  # what a LayerCache knows beside its tensors
 
 
 def fingerprint(model) -> str:
@@ -95,7 +95,7 @@ def _checksum(f) -> tuple[bytes, bytes, int]:
 
 
 def _layer_state(layer, name: str, tensors: dict) -> dict:
-    state = {k: getattr(layer, k) for k in LAYER}
+    state = {k: getattr(layer, k) for k in LAYER} | {"n_read": float(layer.n_read)}
     return state | {k: _encode(getattr(layer, k), f"{name}.{k}", tensors) for k in ("slots", "storage", "notes")}
 
 

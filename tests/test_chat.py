@@ -22,7 +22,8 @@ class Words:
 
 
 def test_turns_read_what_the_whole_conversation_would():
-    m, words, cache = tiny.model(), Words(), KVCache(tiny.model())
+    m, words = tiny.model(), Words()
+    cache = KVCache(m)
     talk = Conversation(m, words, cache, system="be kind")
     text, messages = [], [{"role": "system", "content": "be kind"}]
     for message in ("hello", "why?", "and then?"):
@@ -31,7 +32,7 @@ def test_turns_read_what_the_whole_conversation_would():
         text += [t for t in ids if t not in ()] + reply
         messages.append({"role": "user", "content": message})
     # the last token of a cut reply comes first in the next turn's ids, so it stands twice in what we noted
-    assert cache.next_position == len(text) - 2 - len(talk.unread)
+    assert cache.next_position == [len(text) - 2 - len(talk.unread)]
     talk.settle()
     assert talk.unread == []
     start = words.encode("<s>be kind\n<u>hello\n<a>")
@@ -57,7 +58,7 @@ def test_a_turn_that_ends_by_a_stop_token_leaves_nothing_unread():
     stop = whole[4]
     reply = list(talk.say("abc", 30, stop=[stop]))
     assert reply == whole[: whole.index(stop)] and talk.unread == []
-    assert talk.cache.next_position == len(words.encode("<u>abc\n<a>")) + len(reply)
+    assert talk.cache.next_position == [len(words.encode("<u>abc\n<a>")) + len(reply)]
 
 
 def test_a_conversation_can_be_left_in_the_middle_saved_and_continued(tmp_path):

@@ -86,7 +86,7 @@ def _frequencies(p, **kw):
         "top_p": 1.0,
         "min_p": 0.0,
         "repetition_penalty": 1.0,
-        "seen": set(),
+        "seen": torch.tensor([], dtype=torch.int32),
     } | kw
     rng = torch.Generator().manual_seed(0)
     draws = torch.tensor([sample(torch.tensor(p).log(), **options, rng=rng) for _ in range(4000)])
@@ -105,7 +105,7 @@ P = [0.1, 0.4, 0.2, 0.3]
     ({"top_p": 0.01}, [0, 1, 0, 0]),
     ({"min_p": 0.6}, [0, 4 / 7, 0, 3 / 7]),
     ({"temperature": 0.0}, [0, 1, 0, 0]),
-    ({"temperature": 0.0, "repetition_penalty": 2.0, "seen": {1}}, [0, 0, 0, 1]),  # log 0.4 * 2 < log 0.3
+    ({"temperature": 0.0, "repetition_penalty": 2.0, "seen": torch.tensor([1])}, [0, 0, 0, 1]),  # log 0.4 * 2 < log 0.3
 ])  # fmt: skip
 def test_sampling_follows_its_distribution(options, expected):
     got = _frequencies(P, **options)
@@ -161,14 +161,14 @@ def test_what_is_no_prompt_is_refused():
     for ids, words in bad:
         with pytest.raises(ValueError, match=words):
             next(generate(m, KVCache(m), ids, 1))
-    with pytest.raises(ValueError, match="chunk at least 1"):
+    with pytest.raises(ValueError, match="chunk must be at least 1"):
         next(generate(m, KVCache(m), [1], 1, chunk=0))
 
 
 def test_no_new_tokens_means_reading_the_prompt():
     m = tiny.model()
     cache = KVCache(m)
-    assert list(generate(m, cache, tiny.ids(9)[0], 0)) == [] and cache.next_position == 9
+    assert list(generate(m, cache, tiny.ids(9)[0], 0)) == [] and cache.next_position == [9]
 
 
 @pytest.mark.parametrize("dtype, want", [(torch.float32, [8, 8, 4]), (torch.bfloat16, [16, 4])])

@@ -18,7 +18,8 @@ import torch
 from safetensors.torch import save_file
 
 import generate
-from nanokv import KVCache, engine, kernels
+import weights
+from nanokv import KVCache, cli as command, engine, kernels, show
 from nanokv.chat import Conversation
 from nanokv.methods import available, find
 
@@ -37,7 +38,8 @@ def write_model(folder, template=CHAT, eos=None):
     config |= {"num_hidden_layers": c.n_layers, "vocab_size": c.vocab, "max_position_embeddings": c.context}
     config |= {"rms_norm_eps": c.eps, "rope_theta": c.rope_theta, "eos_token_id": eos}
     (folder / "config.json").write_text(json.dumps(config))
-    save_file({name: t.contiguous() for name, t in model.slots().items()}, folder / "model.safetensors")
+    tensors = {weights.checkpoint_name(name): t.contiguous() for name, t in model.state_dict().items()}
+    save_file(tensors, folder / "model.safetensors")
     bytewise = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     symbols = dict.fromkeys(bytewise.pre_tokenize_str(string.printable[:95] + "\n\tüß€")[0][0])
     raw = tokenizers.Tokenizer(tokenizers.models.BPE({s: i for i, s in enumerate(symbols)}, []))
@@ -57,7 +59,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def loaded(folder):
-    return generate.weights.load(folder, progress=False)
+    return weights.load(folder, progress=False)
 
 
 @pytest.fixture
@@ -81,7 +83,7 @@ def refused(cli, monkeypatch):
     def run(*argv, words, loads=False, **options):
         with monkeypatch.context() as patch:
             if not loads:
-                patch.setattr(generate.weights, "load", lambda *a, **k: pytest.fail("the model was loaded"))
+                patch.setattr(weights, "load", lambda *a, **k: pytest.fail("the model was loaded"))
             code, out, err = cli(*argv, **options)
         assert (code, out) == (2, "") and re.fullmatch(r"generate\.py: error: [^\n]+\n", err), err
         for word in [words] if isinstance(words, str) else words:
@@ -119,8 +121,8 @@ def test_stdout_is_the_text_and_nothing_else(cli, loaded):
     table = rows(err)
     assert table["method"] == "full" and table["prompt tokens"] == str(len("[user]the quick brown fox[assistant]"))
     assert table["new tokens"] == "12, greedy, ended by --max-new-tokens"
-    assert table["cache held"] == generate.size(cache.nbytes)
-    assert table["full cache"] == generate.size(cache.ledger()["total"]["full"])
+    assert table["cache held"] == show.size(cache.nbytes)
+    assert table["full cache"] == show.size(cache.ledger()["total"]["full"])
     assert table["dtype, device"].startswith("float32, cpu, ")
     for name, unit in (("time to first token", " s"), ("decode", " tokens/s"), ("peak memory", "iB (process)")):
         number, rest = re.match(r"([\d.]+)(.*)", table[name]).groups()
@@ -275,7 +277,7 @@ def test_prompt_file(cli, tmp_path):
     file.write_bytes("\ufeffgrüße\r\n\r\nSie\n".encode())
     assert cli("--prompt-file", file, prompt=None)[1] == cli(prompt="grüße\n\nSie")[1]
     file.write_text("\n one newline of two\n\n")
-    assert generate.plan(generate.parse(["--prompt-file", str(file)])).prompt == "\n one newline of two\n"
+    assert command.plan(command.parse(["--prompt-file", str(file)])).prompt == "\n one newline of two\n"
 
 
 def test_standard_input(cli, monkeypatch):
@@ -291,7 +293,7 @@ def test_standard_input(cli, monkeypatch):
 
 def test_built_in_prompt_where_nothing_is_piped(monkeypatch):
     def prompt(*argv):
-        return generate.plan(generate.parse(list(argv))).prompt
+        return command.plan(command.parse(list(argv))).prompt
 
     class Terminal(io.TextIOWrapper):
         def isatty(self):
@@ -299,15 +301,15 @@ def test_built_in_prompt_where_nothing_is_piped(monkeypatch):
 
     for stdin in (None, io.TextIOWrapper(io.BytesIO(b"")), Terminal(io.BytesIO(b"typed")), open(os.devnull)):  # noqa: SIM115
         monkeypatch.setattr(sys, "stdin", stdin)
-        assert prompt() == generate.PROMPT
+        assert prompt() == command.PROMPT
     sys.stdin.close()
-    assert prompt() == generate.PROMPT
+    assert prompt() == command.PROMPT
     assert prompt("--prompt", "mine") == "mine"
 
 
 def test_built_in_prompt_is_longer_than_what_kivi_keeps_exact(smollm2):
     _, tokenizer = smollm2
-    said = tokenizer.chat([{"role": "user", "content": generate.PROMPT}])
+    said = tokenizer.chat([{"role": "user", "content": command.PROMPT}])
     assert 200 <= len(tokenizer.encode(said)) <= 600
 
 
@@ -329,7 +331,7 @@ def test_unreadable_prompt_files(refused, monkeypatch, tmp_path):
     refused("--prompt-file", tmp_path / "latin", words=["latin", "not UTF-8 at byte 2"], prompt=None)
     piped(monkeypatch, b"\xff\xfe")
     refused(words="standard input is not UTF-8", prompt=None)
-    monkeypatch.setattr(generate, "MAX_PROMPT", 1 << 20)
+    monkeypatch.setattr(command, "MAX_PROMPT", 1 << 20)
     (tmp_path / "long").write_text("a" * ((1 << 20) + 1))
     refused("--prompt-file", tmp_path / "long", words="longer than 1 MiB", prompt=None)
 
@@ -360,17 +362,17 @@ def test_every_parameter_of_every_method_is_a_flag(name):
             continue
         for word in (parameter, parameter.replace("_", "-")):
             switch = f"--{word}" if value else f"--no-{word}"
-            args = generate.parse(["--method", name, switch if isinstance(value, bool) else f"--{word}={value}"])
-            assert generate.choose(name, args.parameters)[0][1] == {parameter: value}
+            args = command.parse(["--method", name, switch if isinstance(value, bool) else f"--{word}={value}"])
+            assert command.choose(name, args.parameters)[0][1] == {parameter: value}
 
 
 def test_flags_change_the_method(cli, loaded):
-    spec = "streamingllm(budget=16, n_sink=2)+kivi(bits=4, residual=32)"
+    spec = "streamingllm(budget=16, n_sink=2)+kivi(bits=4, n_sink=2, residual=32)"
     text, cache = expected(loaded, "the quick brown fox", spec)
     flags = ["--budget", 16, "--n_sink", 2, "--bits", 4, "--residual", 32]
     code, out, err = cli("--method", "streamingllm+kivi", *flags)
-    assert out == text and rows(err)["cache held"] == generate.size(cache.nbytes)
-    shown = "streamingllm(budget=16, n_sink=2, reindex=True)+kivi(bits=4, group=32, residual=32)"
+    assert out == text and rows(err)["cache held"] == show.size(cache.nbytes)
+    shown = "streamingllm(budget=16, n_sink=2, reindex=True)+kivi(bits=4, bits_k=0, bits_v=0, group=32, n_sink=2, residual=32, block=1)"
     assert rows(err)["method"].replace(" ", "") == shown.replace(" ", "")
     assert cli("--method", spec)[1] == text
 
@@ -382,7 +384,7 @@ def test_switches(cli):
 
 def test_flags_fill_in_what_the_spec_leaves_open():
     method = "streamingllm(n_sink=1)+streamingllm(budget=9)"
-    (_, first), (_, second) = generate.choose(method, {"budget": "33"})
+    (_, first), (_, second) = command.choose(method, {"budget": "33"})
     assert first == {"n_sink": 1, "budget": 33} and second == {"budget": 9}
 
 
@@ -402,15 +404,22 @@ def invented(monkeypatch, tmp_path):
         Acts: -
         Differs: -
         """
-        from nanokv.cache import Policy
+        from dataclasses import dataclass
+        from nanokv.method import Policy
 
+        @dataclass
         class Invented(Policy):
-            def __init__(self, budget, my_rate: float = 0.5, mode: str = "mean", sizes=(1, 2), seed: int = 0, x=None):
-                if budget < 3:
-                    raise ValueError("invented: budget\\nmust be at least 3")
-                if mode == "never":
+            budget: int = 512
+            my_rate: float = 0.5
+            mode: str = "mean"
+            sizes: tuple = (1, 2)
+            seed: int = 0
+            limits = {"budget": (lambda n: n >= 3, "at least 3")}
+
+            def __post_init__(self):
+                super().__post_init__()
+                if self.mode == "never":
                     raise NotImplementedError("invented: never is not implemented")
-                self.given = budget, my_rate, mode, sizes, seed, x
         ''')
     )
     monkeypatch.setattr(package, "__path__", [*package.__path__, str(tmp_path)])
@@ -420,26 +429,25 @@ def invented(monkeypatch, tmp_path):
 
 
 def test_a_new_method_file_is_all_it_takes(invented, cli, refused, capfd):
-    flags = ["--budget", "7", "--my-rate", "1", "--mode", "12", "--sizes", "(3, 4)", "--x", "abc"]
+    flags = ["--budget", "7", "--my-rate", "1", "--mode", "12", "--sizes", "(3, 4)"]
     code, out, err = cli("--method", "invented(seed=4)", *flags)
     assert code == 0
-    shown = "invented(budget=7, my_rate=1, mode='12', sizes=(3, 4), seed=4, x='abc')"
+    shown = "invented(budget=7, my_rate=1, mode='12', sizes=(3, 4), seed=4)"
     assert rows(err)["method"].replace(" ", "") == shown.replace(" ", "")
     assert "invented" in cli("--list-methods")[1]
-    assert "--budget (required)" in cli("--explain", "invented")[1]
+    assert "--budget 512" in cli("--explain", "invented")[1]
     assert generate.main(["--help"]) == 0
     help = capfd.readouterr().out
     assert "--my-rate VALUE" in help and "invented 0.5" in help
-    refused("--method", "invented", words="budget=512")
     refused("--method", "invented", "--budget", "2", words="budget must be at least 3")
-    refused("--method", "invented", "--budget", "3.5", "--mode", "never", words="never is not implemented")
+    refused("--method", "invented", "--mode", "never", words="never is not implemented")
     refused("--method", "invented", "--budget", "5", "--my-rate", "fast", words=["my_rate must be float", "'fast'"])
     refused("--method", "invented", "--budget", "5", "--sizes", "3", words="sizes must be tuple")
 
 
 @pytest.mark.parametrize("n, ratio, budget", [(10, 0.25, 3), (9, 0.5, 5), (10, 0.04, 1), (10, 1, 10), (3, 0.1, 1)])
 def test_ratio_rounds_as_documented(n, ratio, budget):
-    assert generate.budget(ratio, n) == budget == max(1, int(ratio * n + 0.5))
+    assert command.budget(ratio, n) == budget == max(1, int(ratio * n + 0.5))
 
 
 def test_ratio_is_a_budget(cli, loaded):
@@ -471,16 +479,16 @@ def test_ratio_is_refused(refused):
         (["--method", "kivi(3)"], "cannot read 'kivi(3)'"),
         (["--method", "kivi(bits=2or 1)"], "cannot read"),
         (["--method", "kivi+full"], ["kivi and full", "storages"]),
-        (["--method", "kivi(bitz=2)"], ["no parameter 'bitz'", "bits, group, residual"]),
-        (["--method", "kivi", "--bits", "3"], "bits must be 2, 4 or 8, got 3"),
-        (["--method", "kivi", "--bits", "two"], "bits must be int, got 'two'"),
-        (["--method", "kivi", "--bits", "2or"], "bits must be int, got '2or'"),
-        (["--method", "kivi", "--bits", "2.0"], "bits must be int, got 2.0"),
-        (["--method", "kivi", "--bits", "True"], "bits must be int, got True"),
-        (["--method", "kivi", "--bits", ""], "bits must be int"),
+        (["--method", "kivi(bitz=2)"], ["no parameter 'bitz'", "bits, bits_k, bits_v, group"]),
+        (["--method", "kivi", "--bits", "9"], "bits must be one of 1, 2, 3, 4, 5, 6, 7, 8, got 9"),
+        (["--method", "kivi", "--bits", "two"], "bits must be a whole number, got 'two'"),
+        (["--method", "kivi", "--bits", "2or"], "bits must be a whole number, got '2or'"),
+        (["--method", "kivi", "--bits", "2.0"], "bits must be a whole number, got 2.0"),
+        (["--method", "kivi", "--bits", "True"], "bits must be a whole number, got True"),
+        (["--method", "kivi", "--bits", ""], "bits must be a whole number"),
         (["--method", "kivi(bits=2)", "--bits", "4"], "--bits is already given"),
-        (["--method", "kivi", "--budget", "5"], ["--budget", "--bits, --group, --residual"]),
-        (["--method", "kivi", "--no-reindex"], ["--reindex", "--bits, --group, --residual"]),
+        (["--method", "kivi", "--budget", "5"], ["--budget", "--bits, --bits-k, --bits-v, --group"]),
+        (["--method", "kivi", "--no-reindex"], ["--reindex", "--bits, --bits-k, --bits-v, --group"]),
         (["--bits", "2"], ["--bits", "full has no parameters"]),
         (["--method", "streamingllm", "--budget", "0"], "budget must be at least"),
         (["--method", "streamingllm", "--budget", "-5"], "budget must be at least"),
@@ -558,7 +566,7 @@ def test_dtype_and_threads_and_chunk(cli, monkeypatch):
     plain = engine.prefill
 
     def prefill(model, cache, ids, chunk, *rest):
-        seen.append((chunk, model.embed.weight.dtype))
+        seen.append((chunk, model.embed_tokens.weight.dtype))
         return plain(model, cache, ids, chunk, *rest)
 
     monkeypatch.setattr(engine, "prefill", prefill)
@@ -574,13 +582,13 @@ def test_compression_is_reported(cli):
     err = cli("--method", "streamingllm", "--budget", 20, prompt="a" * 300)[2]
     smaller = re.fullmatch(r"([\d.]+)x smaller", rows(err)["ratio"])
     assert 4 < float(smaller[1]) < 15
-    assert generate.compare(390, 100) == "3.9x smaller" and generate.compare(100, 115) == "1.15x larger"
-    assert generate.compare(0, 0) == "-"
-    assert [generate.size(n) for n in (7, 2048, 3 << 20, 5 << 30)] == ["7 bytes", "2.00 KiB", "3.00 MiB", "5.00 GiB"]
+    assert show.compare(390, 100) == "3.9x smaller" and show.compare(100, 115) == "1.15x larger"
+    assert show.compare(0, 0) == "-"
+    assert [show.size(n) for n in (7, 2048, 3 << 20, 5 << 30)] == ["7 bytes", "2.00 KiB", "3.00 MiB", "5.00 GiB"]
 
 
 def test_peak_memory_is_optional(cli, monkeypatch):
-    monkeypatch.setattr(generate, "resource", None)
+    monkeypatch.setattr(show, "resource", None)
     assert rows(cli()[2])["peak memory"] == "-"
 
 
@@ -603,7 +611,7 @@ def test_list_methods_lists_them_all(cli):
     words = re.findall(r"\S+", out)
     for info in available():
         assert {info.name, info.kind, info.axis.split()[0]} <= set(words)
-        assert all(generate.flag(p) in words for p in info.parameters)
+        assert all(show.flag(p) in words for p in info.parameters)
         assert info.paper.split()[-1] in words
 
 
@@ -673,7 +681,7 @@ def test_a_pipe_that_stays_silent_does_not_block(folder):
     child.stdin.close()
 
 
-@pytest.mark.parametrize("where", [(generate.weights, "load"), (engine, "prefill")])
+@pytest.mark.parametrize("where", [(weights, "load"), (engine, "prefill")])
 def test_ctrl_c_before_the_first_token_shows_no_table(cli, monkeypatch, where):
     def interrupt(*args, **options):
         raise KeyboardInterrupt
@@ -719,7 +727,7 @@ def test_a_chat_is_one_conversation_over_one_cache(monkeypatch, capfd, folder, l
     model, tokenizer = loaded
     talk = Conversation(model, tokenizer, KVCache(model, "kivi(residual=32)"))
     options = {"stop": tokenizer.eos}
-    replies = ["".join(generate.engine.text(talk.say(t, 8, **options), tokenizer)) for t in ("the quick fox", "again")]
+    replies = ["".join(engine.text(talk.say(t, 8, **options), tokenizer)) for t in ("the quick fox", "again")]
     assert code == 0 and out == "".join(f"{r}\n" for r in [*replies, replies[0]])
     assert "tokens read" in err and "/nope is no command" in err
 
@@ -765,7 +773,7 @@ def test_json_holds_the_text_and_everything_measured(cli):
     data = json.loads(out)
     assert code == 0 and err == "" and data["text"] == text
     assert data["new_tokens"] == len(data["tokens"]) == len(data["compare"]["kl"]) == 12
-    assert data["ledger"]["held"] > 0 and data["method"] == "full()" and data["compare"]["parted"] is None
+    assert data["ledger"]["held"] > 0 and data["method"] == "full" and data["compare"]["parted"] is None
 
 
 def test_a_method_in_a_file_has_flags_too(cli, tmp_path):

@@ -4,12 +4,11 @@ import pytest
 import tiny
 
 from nanokv import KVCache
-from nanokv.methods import find
-from nanokv.specs import terms
+from nanokv.methods import find, terms
 
 HEADER = '"""Do nothing.\n\nPaper: -\nAxis: none\nIdea: -\nStores: -\nBytes: -\nActs: never\nDiffers: -\n"""\n'
-BODY = "from nanokv.cache import Policy\n\n\nclass Mine(Policy):\n    def __init__(self, budget: int = 5):\n"
-BODY += "        self.b = budget\n"
+BODY = "from dataclasses import dataclass\n\nfrom nanokv.method import Policy\n\n\n@dataclass\nclass Mine(Policy):\n"
+BODY += "    budget: int = 5\n"
 
 
 @pytest.mark.parametrize("spec, expected", [
@@ -38,16 +37,16 @@ def test_a_method_in_a_file_of_ones_own(tmp_path):
     file.write_text(HEADER + BODY)
     m = tiny.model()
     cache = KVCache(m, f"{file}(budget=7)+kivi")
-    assert cache.policies[0].b == 7 and cache.policies[0].name == "mine"
+    assert cache.policies[0].budget == 7 and cache.policies[0].name == "mine"
     tiny.feed(m, cache, tiny.ids(20))
     cache.save(tmp_path / "c")
-    assert KVCache.load(tmp_path / "c", m).policies[0].b == 7
+    assert KVCache.load(tmp_path / "c", m).policies[0].budget == 7
 
 
 @pytest.mark.parametrize("source, words", [
     (BODY, "header lacks Paper, Axis"),
-    (HEADER, "exactly one Storage, Policy or Plan, found 0"),
-    (HEADER + BODY + BODY.replace("Mine", "More"), "found 2"),
+    (HEADER, "ends with one Storage, Basis, Policy or Plan, and there is none"),
+    (HEADER + BODY.replace(" = 5", ""), "budget has no default"),
     (HEADER + "1 / 0", "ZeroDivisionError"),
     (HEADER + "def", "SyntaxError"),
     (HEADER + "import nothing_of_that_name", "ModuleNotFoundError"),

@@ -9,7 +9,7 @@ import tiny
 import torch
 
 from nanokv import KVCache, generate, methods
-from nanokv.cache import Policy
+from nanokv.method import Policy
 
 SPECS = [
     "full",
@@ -45,10 +45,10 @@ def test_a_clone_shares_nothing_that_changes(m):
     before = m(tiny.ids(1), cache.clone())
     branch = cache.clone()
     tiny.steps(m, branch, tiny.ids(50, seed=9))
-    branch.layers[0].storage.k_new["x"].zero_()
+    branch.layers[0].storage.new["k"]["x"].zero_()
     assert torch.equal(m(tiny.ids(1), cache), before)
     first = branch.layers[0]
-    assert branch.model is m and first.attn is m.layers[0].attn and first.parent.layers is branch.layers
+    assert branch.model is m and first.attn is m.layers[0].self_attn
 
 
 def test_an_empty_cache_can_be_saved(m, tmp_path):
@@ -65,20 +65,20 @@ def test_parameters_are_saved_whatever_way_they_were_given(m, tmp_path):
 
 def test_columns_and_notes_are_saved(m, tmp_path, monkeypatch):
     class Mark(Policy):
-        name = "full"  # so that the spec can be read back; what matters here is the layer's state
+        """Change everything there is to change."""
 
-        def __call__(self, cache, q, pos):
+        def after_prompt(self, cache):
             cache.set_column("mark", cache.column("mark") + 1)
-            cache.notes["budget"] = 7.5
+            cache.notes["budget"] = [7.5]
             cache.keep(cache.token % 3 != 1)
 
     cache = KVCache(m, [Mark()])
     tiny.feed(m, cache, tiny.ids(40))
-    cache.spec = "full()"
+    cache.methods = []  # so that the spec can be read back; what matters here is the layer's state
     cache.save(tmp_path / "c")
     loaded = KVCache.load(tmp_path / "c", m)
     for a, b in zip(cache.layers, loaded.layers, strict=True):
-        assert torch.equal(a.column("mark"), b.column("mark")) and b.notes == {"budget": 7.5}
+        assert torch.equal(a.column("mark"), b.column("mark")) and b.notes == {"budget": [7.5]}
         assert torch.equal(a.token, b.token)
 
 

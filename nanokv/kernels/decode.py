@@ -164,12 +164,11 @@ def split(p_q, p_k, p_v, p_start, p_length, p_pos, p_q_pos, p_bias, p_col, p_cos
     l = tl.zeros((BM,), tl.float32)
     acc = tl.zeros((BDV, BM), tl.float32)
     for i in range(0, n, BT):
-        t = i + o_t
-        m_t = t < n
-        pos = first + t
+        m_t = o_t < n - i
+        pos = first + i + o_t
         if p_pos is not None:
             # (BT,)
-            pos = tl.load(p_pos + t, mask=m_t, other=HIDDEN)
+            pos = tl.load(p_pos + i + o_t, mask=m_t, other=HIDDEN)
         if ROPE:
             a, b = rotate(p_k, o_t[:, None] * ROW_K, m_t[:, None], p_cos, p_sin, pos, n_pos, ROW_C, BH, H)
             s = tl.dot(a.to(TYPE), q, input_precision="ieee") + tl.dot(b.to(TYPE), q_b, input_precision="ieee")
@@ -177,7 +176,7 @@ def split(p_q, p_k, p_v, p_start, p_length, p_pos, p_q_pos, p_bias, p_col, p_cos
             # (BT, BD)
             k = tl.load(p_k + o_t[:, None] * ROW_K + o_h[None, :], mask=m_t[:, None] & (o_h < D)[None, :], other=0.0)
             s = tl.dot(k, q, input_precision="ieee")
-        s = hide(s * scale, pos, until, window, None if p_bias is None else p_bias + t, m_t)  # (BT, BM)
+        s = hide(s * scale, pos, until, window, None if p_bias is None else p_bias + i + o_t, m_t)  # (BT, BM)
         # (BT, BDV)
         v = tl.load(p_v + o_t[:, None] * ROW_V + o_v[None, :], mask=m_t[:, None] & (o_v < DV)[None, :], other=0.0)
         m, l, acc = update(s, v, m, l, acc, p_pos is not None or p_bias is not None)
@@ -289,7 +288,7 @@ def heads_of(o: Tensor, q: Tensor) -> Tensor:
 
 
 def merge(parts: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """Average o (R, M, Dv) of several parts of the same rows by their shares of the softmax's denominator, their lse."""
+    """Average o (R, M, Dv) of several parts of the same rows by their shares of the softmax, given their lse (R, M)."""
     if len(parts) == 1:
         return parts[0][0]
     o, lse = (torch.stack(x) for x in zip(*parts, strict=True))  # (parts, R, M, Dv), (parts, R, M)

@@ -276,7 +276,7 @@ def sizes(dtype, bits_k: int, bits_v: int, group: int, M: int, D: int, amd: bool
         BT = 64
     elif {bits_k, bits_v} <= {1, 2, 4} and D <= 64 and BM <= 8 and dtype == torch.float16:
         BT = 256
-    wide = dtype == torch.float32 and BM * D > 1024
+    wide = dtype == torch.float32 and BM * D > 1024 and not amd
     out = {"M": M, "BM": BM, "D": D, "BT": max(2 * group, BT), "num_warps": 8 if wide else 4, "num_stages": 1,
            "WORK": tl.float32 if dtype == torch.float32 else tl.float16}  # fmt: skip
     return out if amd else out | {"maxnreg": 255}  # else a few registers are spilled for the sake of occupancy

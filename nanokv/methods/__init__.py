@@ -13,7 +13,7 @@ import pkgutil
 import re
 import sys
 import types
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from functools import cache
 from pathlib import Path
 
@@ -178,6 +178,8 @@ def _describe(module, name: str, source: str = "") -> Info:
         raise ValueError(f"{name}: a method file ends with one Storage, Basis, Policy or Plan, and there is none")
     cls = own[-1]
     cls.name, cls.source = name, source
+    if bare := [f.name for f in fields(cls) if f.default is MISSING]:
+        raise ValueError(f"{name}: the hyper-parameter {bare[0]} has no default")
     head = sections(module.__doc__ or "")
     if missing := [s for s in SECTIONS if s not in head]:
         raise ValueError(f"{name}: the header lacks {', '.join(missing)}")

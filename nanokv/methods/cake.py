@@ -112,7 +112,8 @@ class CAKE(Plan):
     def after_step(self, cache, q, pos):
         if self.ahead(cache) < 1:
             p = cache.probs(q, pos)[:, :, -1].unflatten(1, (cache.config.n_kv_heads, -1))  # (B, Hkv, G, N)
-            score = pool(p.mean(2), self._prefix(cache), KERNEL, "avg")
+            # neighbours share the largest of what they pool; behind it fp32 would hide what makes them different
+            score = pool(p.mean(2).double(), self._prefix(cache), KERNEL, "avg")
             cache.keep_best(score, self._budgets(cache), last=self.window)
 
     def ahead(self, cache):

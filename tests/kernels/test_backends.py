@@ -17,7 +17,7 @@ SPECS = [
     "h2o(budget=40)",
     "snapkv(budget=40,window=8)",
     "snapkv(budget=30,window=8)+adakv",
-    "pca(rank=24)",
+    "pca(rank=8)",
     "h2o(budget=50)+kivi(residual=32)",
 ]
 
@@ -40,19 +40,19 @@ def test_greedy_text_is_the_same(spec):
 
 
 @pytest.mark.parametrize(
-    "spec", ["full", "kivi(residual=32)", "streamingllm(budget=40)", "snapkv(budget=40,window=8)+adakv", "pca(rank=24)"]
+    "spec", ["full", "kivi(residual=32)", "streamingllm(budget=40)", "snapkv(budget=40,window=8)+adakv", "pca(rank=8)"]
 )
 @pytest.mark.parametrize("model", [{"G": 1}, {"windows": (24, None)}], ids=str)
 def test_logits_are_the_same_for_other_models_batches_and_drafts(spec, model):
     m, logits = tiny.model(head_dim=64, **model), []
-    text = tiny.ids(70, batch=2)
+    text = tiny.ids(110, batch=2)
     for backend in ("torch", "triton"):
         cache = KVCache(m, spec)
         with kernels.use(backend):
-            tiny.feed(m, cache, text[:, :60])
-            out = [m(text[:, i : i + 1], cache) for i in range(60, 64)]
-            logits.append(torch.cat([*out, m(text[:, 64:68], cache, "draft")], 1))
-    assert tiny.rms(logits[1], logits[0]) < 2e-5  # fp32, sums in another order, two layers
+            tiny.feed(m, cache, text[:, :100])
+            out = [m(text[:, i : i + 1], cache) for i in range(100, 104)]
+            logits.append(torch.cat([*out, m(text[:, 104:108], cache, "draft")], 1))
+    assert tiny.rms(logits[1], logits[0]) < 2e-6  # fp32, sums in another order, two layers
 
 
 def test_both_goes_on_with_pytorch_and_tells_the_difference():
