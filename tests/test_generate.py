@@ -441,7 +441,7 @@ def test_a_new_method_file_is_all_it_takes(invented, cli, refused, capfd):
     assert "--my-rate VALUE" in help and "invented 0.5" in help
     refused("--method", "invented", "--budget", "2", words="budget must be at least 3")
     refused("--method", "invented", "--mode", "never", words="never is not implemented")
-    refused("--method", "invented", "--budget", "5", "--my-rate", "fast", words=["my_rate must be float", "'fast'"])
+    refused("--method", "invented", "--budget", "5", "--my-rate", "fast", words=["my_rate must be a number", "'fast'"])
     refused("--method", "invented", "--budget", "5", "--sizes", "3", words="sizes must be tuple")
 
 
