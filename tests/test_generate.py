@@ -19,7 +19,8 @@ from safetensors.torch import save_file
 
 import generate
 import weights
-from nanokv import KVCache, cli as command, engine, kernels, show
+from nanokv import KVCache, engine, kernels, show
+from nanokv import cli as command
 from nanokv.chat import Conversation
 from nanokv.methods import available, find
 

@@ -2,9 +2,9 @@
 
 quick               every method at two strengths, some minutes
 full                a grid of methods, strengths, text windows and retrieval tasks; goes on where it was interrupted
-check               the same figures as another tool measured on the default model, side by side; goes on likewise
 compare SPEC ...    what specs hold and how far they are from the full cache
 speed SPEC ...      time to first token and tokens per second, side by side
+against DIR ...     decode and prompt speed against another checkout of this project, in turns
 bytes [SPEC ...]    bytes held while tokens are generated, as a picture
 plot                tables and pictures from what quick or full found
 """
@@ -19,19 +19,20 @@ from pathlib import Path
 
 from rich.console import Console
 
-from nanokv.eval import check, plots, run, summary, tasks
+from nanokv.eval import plots, run, summary, tasks
 from nanokv.files import write
 
-OWN = ("compare", "speed", "bytes")  # commands with options of their own, in files of their own
+OWN = ("compare", "speed", "bytes", "against")  # commands with options of their own, in files of their own
 
 
 def main(argv=None) -> int:
     """Run the command line; return its exit code."""
     argv = sys.argv[1:] if argv is None else list(argv)
     if argv and argv[0] in OWN:
-        from nanokv.eval import compare, growth, speed
+        from nanokv.eval import against, compare, growth, speed
 
-        return {"compare": compare, "speed": speed, "bytes": growth}[argv[0]].main(argv[1:])
+        files = {"compare": compare, "speed": speed, "bytes": growth, "against": against}
+        return files[argv[0]].main(argv[1:])
     args = _parser().parse_args(argv)
     path = Path(args.out or f"eval-{'full' if args.command == 'plot' else args.command}.jsonl")
     if args.command == "plot":
@@ -54,7 +55,7 @@ def main(argv=None) -> int:
         )
         return 130
     title = f"{args.model}, {args.dtype}, {(time.monotonic() - start) / 60:.1f} minutes"
-    show_check(records, path, title) if args.command == "check" else show(records, path, title)
+    show(records, path, title)
     failed = summary.failures(records)
     print("".join(f"{line}\n" for line in failed), end="", file=sys.stderr)
     return 1 if failed else 0
@@ -64,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     wide = argparse.RawTextHelpFormatter
     parser = argparse.ArgumentParser(prog="python -m nanokv.eval", description=__doc__.split("\n\n")[0],
                                      epilog=__doc__.split("\n\n", 1)[1], formatter_class=wide)  # fmt: skip
-    parser.add_argument("command", choices=("quick", "full", "check", "plot", *OWN))
+    parser.add_argument("command", choices=("quick", "full", "plot", *OWN))
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--dtype", default="fp32")
     parser.add_argument("--text", metavar="FILE", help="UTF-8 prose instead of the standard library's documentation:\n"
@@ -86,10 +87,6 @@ def measure(args, path: Path) -> list[dict]:
 
     if args.jobs < 1:
         raise ValueError("--jobs must be at least 1")
-    if args.command == "check" and (args.model, args.dtype, args.text) != ("smollm2", "fp32", None):
-        raise ValueError(
-            "check compares figures of the default model, dtype and text; leave --model, --dtype and --text"
-        )
     tasks.prose(args.text)  # what is wrong with the text is said before the model is loaded
     model, tokenizer = load(args.model, args.dtype)
     grid = choose(plan(args.command, model.config), args.methods, args.tasks)
@@ -100,8 +97,6 @@ def measure(args, path: Path) -> list[dict]:
 
 def plan(command: str, config) -> dict[run.Unit, list[run.Setting]]:
     """Return the units of a command and the settings for each."""
-    if command == "check":
-        return check.plan()
     chosen = run.settings(config, budgets=[0.5, 0.25], bits=[4, 2], ranks=[0.75, 0.5])
     if command == "quick":
         return dict.fromkeys(run.units("text", 512, 2, 32) + run.units("passkey", 512, 2), chosen)
@@ -153,17 +148,6 @@ def show(records: list[dict], path: Path, title: str, base: str | None = None) -
         console.print(summary.terminal(header, lines, "differences with 95 % intervals, * where these exclude 0"))
         text += f"\nDifferences, 95 % intervals, * where these exclude 0:\n\n{summary.lines(header, lines)}"
     write(path.with_suffix(".md"), text)
-
-
-def show_check(records: list[dict], path: Path, title: str) -> None:
-    """Print what check found and write it as Markdown beside the results."""
-    tables, notes = check.report(records)
-    console, text = Console(width=max(190, Console().width)), ""
-    for name, (header, rows) in tables:
-        console.print(summary.terminal(header, [[c.strip("`") for c in row] for row in rows], f"{name}; {title}"))
-        text += f"{name}\n\n{summary.lines(header, rows)}\n"
-    print("\n".join(notes))
-    write(path.with_suffix(".md"), text + "\n".join(f"- {n}" for n in notes) + "\n")
 
 
 def plot(path: Path, base: str | None = None) -> int:

@@ -23,7 +23,7 @@ def measure(model, spec: str, ids: torch.Tensor, context: int, step: int = 8) ->
     cache = KVCache(model, spec)
     prefill(model, cache, ids[:, :context])
     out, n, total = [(0, cache.nbytes)], 0, ids.shape[1] - context
-    for logp in score.follow(model, cache, ids[:, context:], step):
+    for logp in score.follow(model, cache, ids[:, context:]):
         n += logp.shape[1]
         if n % step == 0 or n == total:
             out.append((n, cache.nbytes))

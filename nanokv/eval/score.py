@@ -1,10 +1,9 @@
 """Score caches through the decode path: read a prompt, compress it, feed what follows through the compressed cache.
 
-One forward pass over everything would attend to the exact prompt and measure nothing. Several windows of text, or
-several questions, of the same length are read as one batch: a sequence gets in it what it would get alone, and the
-weights, which a step of a small batch spends its time on, are read once for all of them. All methods share the reading
-of the prompt where they can: those that leave it alone until its last tokens take over what a full cache has read
-(KVCache.adopt), those that only take notes while it is read take over what the same method has read at another budget.
+One forward pass over everything would attend to the exact prompt and measure nothing; what follows is fed one token at
+a time, since a method may act in single steps only. Several windows of text, or several questions, are read as one
+batch: a sequence gets in it what it would get alone, and the weights, which a step of a small batch spends its time on,
+are read once for all of them. Methods that leave a prompt alone until its end begin with what a full cache has read.
 """
 
 import statistics
@@ -15,78 +14,76 @@ from torch import Tensor
 
 from nanokv import KVCache
 from nanokv.engine import prefill
+from nanokv.method import Dense, Plan, Policy
+from nanokv.packed import Packed
 
 LAST = 64  # tokens that a method reads itself; no default observation window is longer
-CHUNK = 64  # tokens fed at once behind a prompt, where that is the same as one by one
-PART = 16  # the same for storages that pack at the end of a pass
+PART = 16  # tokens between looks at the bytes held
 SIZES = ("held", "payload", "overhead", "full")
 
 
+class Unrotated(Policy):
+    """Hold keys before RoPE, so that another cache can be given them."""
+
+    renumbers = True
+
+
 class Prompt:
-    """Prompts ids (B, C), of which a full cache has read all but the last tokens, to begin many caches with."""
+    """Prompts ids (B, C), of which all but the last tokens have been read, to begin many caches with."""
 
     def __init__(self, model, ids: Tensor, chunk: int = 512):
-        self.model, self.ids, self.chunk, self.split = model, ids, chunk, max(0, ids.shape[1] - LAST)
-        self.base, self.begun = KVCache(model), (None, None)
-        if self.split:
-            self._begin(self.base)
+        self.model, self.ids, self.split = model, ids, max(0, ids.shape[1] - LAST)
+        self.base = KVCache(model, [Unrotated()])
+        for part in ids[:, : self.split].split(chunk, 1) if self.split else ():
+            model(part, self.base, "prompt", last=True)
 
     def read(self, spec: str, more: Tensor | None = None) -> KVCache:
         """Return a cache of `spec` that has read the prompts, with `more` (B, T) at their end, and compressed them."""
         ids = self.ids if more is None else torch.cat([self.ids, more], 1)
         cache = KVCache(self.model, spec)
-        early = any(m.early for m in cache.methods)
-        alone = any(m.renumbers or m.chunk for m in cache.methods)  # forgets while it reads
-        if not self.split or alone or any(cache.config.windows) or max(cache.observes, 1) > LAST:
+        if self.split and waits_for_the_end(cache):
+            self._replay(cache)
+            self.model(ids[:, self.split :], cache, "last", last=True)
+        else:
             prefill(self.model, cache, ids)
-            return cache
-        with cache.prompt(ids.shape[1] - self.split):
-            self._take_over(cache) if early else cache.adopt(self.base)
-            self.model(ids[:, self.split :], cache, last=True)
         return cache
 
-    def _begin(self, cache: KVCache) -> None:
-        cache._prompt_left = self.ids.shape[1] + 1  # so that it never sees the end
-        for part in self.ids[:, : self.split].split(self.chunk, 1):
-            self.model(part, cache, last=True)
-
-    def _take_over(self, cache: KVCache) -> None:
-        """Give cache what the same methods have read and noted at any budget: nothing is cut before the end."""
-        like = [(m.name, {k: v for k, v in m.parameters.items() if k != "budget"}) for m in cache.methods]
-        if self.begun[0] != like:
-            first = KVCache(self.model, cache.spec)
-            self._begin(first)
-            self.begun = like, first
-        copy, fresh = self.begun[1].clone(), cache.layers
-        cache.layers, cache.next_position = copy.layers, copy.next_position
-        for mine, own in zip(cache.layers, fresh, strict=True):
-            mine.policies = own.policies
-            mine.belong(cache)
+    def _replay(self, cache: KVCache) -> None:
+        """Let a cache remember what was read, without computing it again."""
+        pos = cache.begin(self.model, self.ids[:, : self.split], "prompt")
+        for mine, its in zip(cache.layers, self.base.layers, strict=True):
+            k, v = (t.unflatten(0, (its.B, -1)) for t in its.storage.read())
+            mine.append(k, v, k.new_empty(its.B, self.split, 0), pos)
+        cache.end()
 
 
-def follow(model, cache: KVCache, ids: Tensor, chunk: int = CHUNK) -> Iterator[Tensor]:
-    """Feed ids (B, T) as generated text, `chunk` tokens at a time; yield log-probabilities fp32 (B, t, vocab) per part.
+def waits_for_the_end(cache: KVCache) -> bool:
+    """Say whether a cache's methods leave a prompt alone, and its queries unseen, until its last tokens."""
+    early = ("before_append", "before_attend", "after_part", "before_layer", "after_layer", "share")
+    acts = any(hasattr(m, name) and overrides(type(m), name) for m in cache.policies for name in early)
+    plain = type(cache.storage).store in (Dense.store, Packed.store)
+    observes = max((m.observes for m in cache.policies), default=0) <= LAST
+    return plain and observes and not (acts or cache.renumbers or cache.chunk or any(cache.config.windows))
 
-    Methods that forget in every step, which `most` tells, get single tokens as in use: how many entries the tokens of a
-    part see would depend on whether a method makes room before or after it. Storages that pack after a pass get 16.
-    """
-    n = cache.next_position
-    if cache.storage.name != "full":
-        chunk = min(chunk, PART)
-    if any(m.most(n, 64) < m.most(n, 0) + 64 for m in cache.methods):
-        chunk = 1
-    with cache.decoding():
-        for part in ids.split(min(chunk, cache.chunk or chunk), 1):
-            yield model(part, cache).float().log_softmax(-1)
+
+def overrides(cls: type, name: str) -> bool:
+    """Say whether a policy or plan acts at the moment of this name."""
+    return getattr(cls, name) is not getattr(Plan if issubclass(cls, Plan) else Policy, name)
+
+
+def follow(model, cache: KVCache, ids: Tensor) -> Iterator[Tensor]:
+    """Feed ids (B, T) one by one, as generated text; yield log-probabilities fp32 (B, 1, vocab) for each."""
+    for part in ids.split(1, 1):
+        yield model(part, cache, "decode").float().log_softmax(-1)
 
 
 class Text:
     """Windows of text ids (B, C + T), of which the first `context` = C tokens are the prompt, to score caches on."""
 
-    def __init__(self, model, ids: Tensor, context: int, chunk: int = CHUNK):
-        self.model, self.chunk, self.prompt = model, chunk, Prompt(model, ids[:, :context])
+    def __init__(self, model, ids: Tensor, context: int):
+        self.model, self.prompt = model, Prompt(model, ids[:, :context])
         self.rest, self.target = ids[:, context:-1], ids[:, context + 1 :]  # (B, T - 1) both
-        self.exact = torch.cat(list(follow(model, self.prompt.read("full"), self.rest, chunk)), 1)  # (B, T - 1, vocab)
+        self.exact = torch.cat(list(follow(model, self.prompt.read("full"), self.rest)), 1)  # (B, T - 1, vocab)
         self.full = _nll(self.exact, self.target).mean(1)  # (B,)
 
     def __call__(self, spec: str) -> list[dict]:
@@ -98,7 +95,7 @@ class Text:
         """
         cache, done, kl, same, nll = self.prompt.read(spec), 0, [], [], []
         sizes = [held(cache)]
-        for other in follow(self.model, cache, self.rest, self.chunk):
+        for other in follow(self.model, cache, self.rest):
             at = slice(done, done + other.shape[1])
             done, ref = at.stop, self.exact[:, at]
             kl.append((ref.exp() * (ref - other)).sum(-1))
@@ -119,8 +116,8 @@ class Text:
 class Question:
     """Questions, tasks.Sample, of equal lengths, to score caches on in both modes."""
 
-    def __init__(self, model, samples: list, chunk: int = CHUNK):
-        self.model, self.chunk = model, chunk
+    def __init__(self, model, samples: list):
+        self.model = model
         parts = ([getattr(s, name) for s in samples] for name in ("context", "question", "answer", "scored"))
         context, self.asked, self.answer, self.scored = (torch.tensor(ids) for ids in parts)  # (B, n) each
         self.prompt = Prompt(model, context)
@@ -138,7 +135,7 @@ class Question:
         cache = self.prompt.read(spec, self.asked[:, :-1] if aware else None)
         size = held(cache)
         rest = torch.cat([self.asked[:, -1:] if aware else self.asked, self.answer[:, :-1]], 1)
-        found = torch.cat(list(follow(self.model, cache, rest, self.chunk)), 1)[:, -self.answer.shape[1] :]
+        found = torch.cat(list(follow(self.model, cache, rest)), 1)[:, -self.answer.shape[1] :]
         right, nll = found.argmax(-1) == self.answer, _nll(found, self.answer)
         return [{"exact": bool(r[s].all()), "right": float(r[s].float().mean()), "nll": float(n[s].mean()), **size}
                 for r, n, s in zip(right, nll, self.scored, strict=True)]  # fmt: skip
@@ -150,6 +147,6 @@ def _nll(logp: Tensor, target: Tensor) -> Tensor:
 
 def held(cache: KVCache) -> dict[str, int]:
     """Return bytes per sequence: held in all, payload, overhead (all else held), and what a full cache would hold."""
-    total, B = cache.ledger()["total"], cache.layers[0].B
+    total, B = cache.ledger()["total"], cache.B
     return {"held": total["held"] // B, "payload": total["payload"] // B,
             "overhead": (total["held"] - total["payload"]) // B, "full": total["full"] // B}  # fmt: skip

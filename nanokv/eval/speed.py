@@ -34,7 +34,7 @@ class Ours:
 
     def __init__(self, model, spec: str, backend: str = "auto"):
         self.name, self.model, self.spec, self.backend = spec, model, spec, backend
-        self.device, self.used = model.embed.weight.device, ""
+        self.device, self.used = model.embed_tokens.weight.device, ""
 
     def prefill(self, ids) -> None:
         with kernels.use(self.backend):
@@ -56,7 +56,9 @@ class Peer:
     backend = used = "transformers"
 
     def __init__(self, model, attention: str):
-        self.device = model.embed.weight.device
+        from weights import checkpoint_name
+
+        self.device = model.embed_tokens.weight.device
         self.name, self.hf = f"transformers ({attention})", importlib.import_module("transformers")
         c, kind = (
             model.config,
@@ -70,7 +72,9 @@ class Peer:
         )  # fmt: skip
         with torch.device("meta"):
             self.model = getattr(self.hf, kind + "ForCausalLM")(config)
-        state = {name: t.contiguous() for name, t in model.slots().items()}  # as transformers itself would load them
+        state = {
+            checkpoint_name(name): t.contiguous() for name, t in model.state_dict().items()
+        }  # as it would load them
         state.setdefault("lm_head.weight", state["model.embed_tokens.weight"])
         self.model.load_state_dict(state, assign=True, strict=True)
         rotary = type(self.model.model.rotary_emb)(config).to(self.device)  # its frequencies are no parameters
@@ -264,7 +268,7 @@ def run(args) -> list[dict]:
     console, result = Console(width=max(110, Console().width)), []
     for dtype in args.dtype:
         model, _ = load(args.model, dtype, args.device)
-        device = model.embed.weight.device
+        device = model.embed_tokens.weight.device
         if "triton" in args.backend and (why := kernels.missing(device)):
             raise ValueError(f"--backend triton: {why}; here only torch can be measured")
         for cache in [KVCache(model, spec) for spec in specs]:  # what is wrong is said before anything is measured

@@ -27,6 +27,7 @@ from dataclasses import dataclass
 
 import torch
 
+from nanokv.attention import reduce_group
 from nanokv.method import Evict, at_least, one_of
 
 
@@ -35,10 +36,10 @@ def merge(k, v, z, b, to, form="paper", q=None):
     its own. Return k, v, b and the log mass, of exp(b + z), per slot, in z's dtype. q (..., 1, D): what z is of.
     """
 
-    def add(x):
-        at = to if x.dim() == to.dim() else to[..., None].expand_as(x)
-        return torch.zeros_like(x).scatter_add_(to.dim() - 1, at, x)
-
+    n = to.dim() - 1
+    row = torch.arange(to[..., 0].numel(), device=to.device).view(*to.shape[:-1], 1)
+    flat = (row * to.shape[-1] + to).flatten()
+    add = lambda x: torch.zeros_like(x).flatten(0, n).index_add_(0, flat, x.flatten(0, n)).view_as(x)
     most = torch.zeros_like(z).scatter_reduce_(-1, to, b + z, "amax", include_self=False)  # exp cannot overflow
     u = (b + z - most.gather(-1, to)).exp()
     total = add(u)
@@ -59,17 +60,14 @@ def nearest(k, left, stay, n_stay, threshold):
     """Return for each slot of left (B, Hkv, m) that one of `stay`, bool (B, Hkv, N), at most n_stay a row, whose key in
     k (B, Hkv, N, D) has the highest cosine, or the slot itself if none is above threshold.
     """
-    norm = k.norm(dim=-1).clamp(min=1e-12)
-    at = torch.arange(k.shape[2], device=k.device).expand_as(norm)
-    keys, scale = k, norm
+    keys = unit = torch.nn.functional.normalize(k, dim=-1)
+    at, out = torch.arange(k.shape[2], device=k.device).expand_as(stay), []
     if 2 * n_stay < k.shape[2]:  # to compare with few, copy them
         at = stay.byte().topk(n_stay, sorted=False).indices
-        stay, keys, scale = stay.gather(-1, at), take(k, at), norm.gather(-1, at)
-    out = []
-    for part in left.split(128, -1):  # cosines (B, Hkv, 128, N), times the norm of what leaves
-        cosine = (take(k, part) @ keys.mT / scale[:, :, None]).masked_fill_(~stay[:, :, None], -torch.inf)
-        best, i = cosine.max(-1)
-        out.append(torch.where(best > threshold * norm.gather(-1, part), at.gather(-1, i), part))
+        keys, stay = take(unit, at), stay.gather(-1, at)
+    for part in left.split(128, -1):
+        cosine, i = (take(unit, part) @ keys.mT).masked_fill_(~stay[:, :, None], -torch.inf).max(-1)
+        out.append(torch.where(cosine > threshold, at.gather(-1, i), part))
     return torch.cat(out, -1)
 
 
@@ -117,12 +115,11 @@ class KeepKV(Evict):
 
     def average(self, cache, q, pos):
         """Update S <- alpha * S + (1 - alpha) * exp(z), as logarithms, by the logits z of each group's mean query."""
-        k = cache.read()[0].float()
-        z = self._mean(cache, q) @ k.mT / k.shape[-1] ** 0.5  # (B, Hkv, T, N)
+        q, k = reduce_group(q.float(), cache.config.n_kv_heads, "mean"), cache.read()[0].float()
         see, real = cache.pos[:, :, None] <= pos[:, None, :, None], (pos >= 0).long()
         later = real.flip(1).cumsum(1).flip(1) - real  # (B, T): how many queries come after each
-        weight = ((1 - self.alpha) * self.alpha**later).log()
-        new = (z + weight[:, None, :, None]).masked_fill_(~see, -torch.inf).logsumexp(2)  # (B, Hkv, N)
+        weight = ((1 - self.alpha) * self.alpha**later).log()[:, None, :, None]
+        new = (q @ k.mT / k.shape[-1] ** 0.5 + weight).masked_fill_(~see, -torch.inf).logsumexp(2)  # (B, Hkv, N)
         old = cache.column("logS", -torch.inf) + (self.alpha ** real.sum(1)).log()[:, None, None]
         cache.set_column("logS", torch.logaddexp(old, new))
         cache.set_column("age", (cache.column("age", 0, torch.int16) + see.sum(2)).clamp(max=2**15 - 1))
@@ -135,30 +132,23 @@ class KeepKV(Evict):
         left, gone = cache.leaving(score, n, *self.protects)  # (B, Hkv, m)
         if not any(gone):
             return
-        (k, v), m, live = cache.read(), max(gone), cache.live.expand(score.shape)
-        place = torch.arange(2 * m, device=k.device).expand(*score.shape[:2], -1)
+        (k, v), z, b, live = cache.read(), self._logits(cache), cache.column("bias"), cache.live.expand(score.shape)
         goes = torch.tensor(gone, device=k.device).view(cache.B, -1, 1)
-        left = torch.where(place[..., :m] < goes, left, left[..., :1])  # where fewer go, the first again
-        stay = live.scatter(-1, left, live.gather(-1, left) & (goes == 0))
+        leaves = torch.arange(max(gone), device=k.device) < goes
+        stay = live.scatter(-1, left, live.gather(-1, left) & ~leaves)
         n_stay = max(c - g for c, g in zip(cache.counts, gone, strict=True))
-        to = torch.where(goes > 0, nearest(k.float(), left, stay, n_stay, self.threshold), left)
-        at = torch.zeros_like(stay, dtype=torch.int64).scatter(-1, to, place[..., m:]).gather(-1, to)  # of `to` in near
-        near, into = torch.cat([left, to], -1), torch.cat([torch.where(to != left, at, place[..., :m]), place[..., m:]], -1)
-        z, b, q = self._logits(cache), cache.column("bias"), self._mean(cache, q[:, :, -1:])
-        correction = (z - cache.column("logS")).gather(-1, to)
-        z, b = z.gather(-1, near), b.gather(-1, near)
-        k, v, b, mass = merge(take(k, near), take(v, near), z, b, into, self.key_form, q)
-        for name, new in (("bias", b.gather(-1, at)), ("logS", (mass - b).gather(-1, at) - correction)):
-            old = cache.column(name)
-            cache.set_column(name, old.scatter(-1, to, torch.where(to != left, new.to(old.dtype), old.gather(-1, to))))
-        cache.merge(left, torch.where(to != left, to, -1), take(k, at), take(v, at))
+        to = torch.where(leaves, nearest(k.float(), left, stay, n_stay, self.threshold), left)
+        into = torch.arange(k.shape[2], device=k.device).expand_as(stay).scatter(-1, left, to)
+        grows = torch.zeros_like(into).scatter_add_(-1, into, torch.ones_like(into)) > 1
+        q = reduce_group(q[:, :, -1:].float(), k.shape[1], "mean")
+        k, v, weight, mass = merge(k, v, z, b, into, self.key_form, q)
+        cache.set_column("bias", torch.where(grows, weight, b))
+        logS = cache.column("logS")
+        cache.set_column("logS", torch.where(grows, mass - weight - z + logS, logS))
+        cache.merge(left, torch.where(to != left, to, -1), take(k, to), take(v, to))
         cache.keep(stay)
 
     def _logits(self, cache):
-        """Return the logarithm of each entry's moving average, as if it had seen queries for ever; 0 where none lives."""
+        """Return ln(S / (1 - alpha^n)) of each entry, which n queries have seen; 0 where none lives."""
         age = cache.column("age", 0, torch.int16).float()
         return torch.where(cache.live, cache.column("logS") - torch.log1p(-(self.alpha**age)), 0.0)
-
-    def _mean(self, cache, q):
-        """Return the mean query of each group, fp32 (B, Hkv, T, D)."""
-        return q.float().unflatten(1, (cache.config.n_kv_heads, -1)).mean(2)
