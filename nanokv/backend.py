@@ -36,7 +36,7 @@ def paid(q: Tensor, pos: Tensor, cache, reduce: str) -> Tensor:
 def _quick(storage, q: Tensor, pos: Tensor, cache, name: str) -> Tensor | None:
     """Attend the faster way, or return None where there is none."""
     few = q.shape[2] * q.shape[1] // cache.config.n_kv_heads <= ROWS
-    if few and cache.phase in ("decode", "draft") and (q.is_cuda or name != "auto"):
+    if (q.is_cuda or name != "auto") and few and cache.phase in ("decode", "draft"):
         try:
             if kernels.triton_for(q):
                 o = _kernel(storage)(q, pos, cache)

@@ -159,16 +159,16 @@ class FastMLP(MLP):
 
 def attend(storage: Storage, q: Tensor, pos: Tensor, cache) -> Tensor | None:
     """Do what storage.attend(q, pos, cache) does, or return None."""
-    way = type(storage).attend
+    way, T = type(storage).attend, q.shape[2]
     if way is Packed.attend and not storage.basis:
         if type(storage).encode is KIVI.encode and cache.phase in ("decode", "draft") and not cache.raw:
             return on_codes(storage, q, pos, cache)
         way = Storage.attend
     if way is not Storage.attend:
         return None
-    if cache.plain and 1 < q.shape[2] < cache.N:
-        return past_and_present(q, *cache.read())
-    if cache.lengths_say_all and q.shape[2] == 1 and not cache.raw and type(storage).read is Dense.read:
+    if cache.plain:
+        return past_and_present(q, *cache.read()) if 1 < T < cache.N else None
+    if T == 1 and cache.lengths_say_all and not cache.raw and type(storage).read is Dense.read:
         return ragged(q, storage.kv)
     return None
 

@@ -17,6 +17,7 @@ from nanokv.method import At, Basis, Chain, Storage, at_least, one_of
 from nanokv.rows import Rows
 
 WIDTHS = tuple(range(1, 9))
+FAR = 64  # tokens: no draft is longer
 
 
 @dataclass
@@ -106,15 +107,15 @@ class Packed(Storage):
             rows.cut(counts[:: self.per])
 
     def newest(self):
-        both = zip(self.new["k"].n, self.new["v"].n, strict=True)
+        both = zip(*(rows.n for rows in self.new.values()), strict=True)
         return [min(n) for n in both for _ in range(self.per)]
 
     def ahead(self):
         at = [(which, n) for which, rows in self.new.items() for n in set(rows.n)]
-        for t in range(1, 1 << 20):
+        for t in range(1, FAR):
             if any(self.due(which, n + t) for which, n in at) or any(self._ripe(t)):
                 return t
-        return None
+        return FAR
 
     def pack(self, cache):
         ripe, rows = self._ripe(), range(len(self.seen))
@@ -181,8 +182,10 @@ class Packed(Storage):
 
     def keep(self, mask):
         """Free slots. A packed slot of several tokens goes with its last one, a joint token with its last head."""
-        rest = self._whole(self._whole(mask, "k"), "v")
-        for which in "kv":
+        rest = mask
+        for which in self.new:
+            rest = self._whole(rest, which)
+        for which in self.new:
             t, kinds = self.slot[which], (self.first[which], self.old[which], self.new[which])
             lengths = [(a, b * t, c) for a, b, c in zip(*(rows.n for rows in kinds), strict=True)]
             some = zip(rest[:: self.per], lengths, strict=True)
@@ -289,14 +292,18 @@ class Packed(Storage):
 
     def _read(self, which):
         """Return keys or values (R, N, D), R counting KV heads."""
+        x = self._joined(which)
+        return x.unflatten(-1, (self.per, -1)).transpose(1, 2).flatten(0, 1) if self.per > 1 else x
+
+    def _joined(self, which):
+        """Return all entries of each row, (rows, N, C); shorter rows are padded."""
         kinds = self.first[which], self.new[which]
         first, new = ([rows.row("x", r) for r in range(len(rows.n))] if rows.data else None for rows in kinds)
         parts = [part for part in (first, new) if part]
         if any(self.old[which].n):
             x, n = self._middle(which)
             parts.insert(len(parts) - 1, self._up(x, which, n).split(n))
-        x = pad_sequence([torch.cat(row) for row in zip(*parts, strict=True)], batch_first=True)  # (rows, N, D)
-        return x.unflatten(-1, (self.per, -1)).transpose(1, 2).flatten(0, 1) if self.per > 1 else x
+        return pad_sequence([torch.cat(row) for row in zip(*parts, strict=True)], batch_first=True)
 
     def _join(self, x: Tensor, counts: list[int]) -> Tensor:
         """Put the heads of joint rows side by side: (sum over heads, D) to (sum of counts, heads * D)."""

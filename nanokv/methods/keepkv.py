@@ -35,11 +35,13 @@ def merge(k, v, z, b, to, form="paper", q=None):
     """Merge entries k, v (..., N, D) of logits z and log weights b (..., N), each into slot `to` (..., N), which may be
     its own. Return k, v, b and the log mass, of exp(b + z), per slot, in z's dtype. q (..., 1, D): what z is of.
     """
-
-    n = to.dim() - 1
     row = torch.arange(to[..., 0].numel(), device=to.device).view(*to.shape[:-1], 1)
     flat = (row * to.shape[-1] + to).flatten()
-    add = lambda x: torch.zeros_like(x).flatten(0, n).index_add_(0, flat, x.flatten(0, n)).view_as(x)
+
+    def add(x):
+        lines = x.flatten(0, to.dim() - 1)
+        return torch.zeros_like(lines).index_add_(0, flat, lines).view_as(x)
+
     most = torch.zeros_like(z).scatter_reduce_(-1, to, b + z, "amax", include_self=False)  # exp cannot overflow
     u = (b + z - most.gather(-1, to)).exp()
     total = add(u)
@@ -133,8 +135,7 @@ class KeepKV(Evict):
         if not any(gone):
             return
         (k, v), z, b, live = cache.read(), self._logits(cache), cache.column("bias"), cache.live.expand(score.shape)
-        goes = torch.tensor(gone, device=k.device).view(cache.B, -1, 1)
-        leaves = torch.arange(max(gone), device=k.device) < goes
+        leaves = (torch.arange(max(gone)) < torch.tensor(gone).view(cache.B, -1, 1)).to(k.device)
         stay = live.scatter(-1, left, live.gather(-1, left) & ~leaves)
         n_stay = max(c - g for c, g in zip(cache.counts, gone, strict=True))
         to = torch.where(leaves, nearest(k.float(), left, stay, n_stay, self.threshold), left)
