@@ -96,8 +96,8 @@ def hide(s, pos, until, window, p_bias, m_t):
         # (BT,)
         s += (tl.load(p_bias, mask=m_t, other=0.0) * LOG2E)[:, None]
     see = m_t[:, None]
-    if until is not None:
-        see = see & (pos[:, None] <= until[None, :])
+    if until is not None:  # what lies beyond the row has the position of a forgotten entry
+        see = pos[:, None] <= until[None, :]
         if window is not None:
             see = see & (pos[:, None] > (until - window)[None, :])
     return tl.where(see, s, float("-inf"))
@@ -154,12 +154,14 @@ def split(p_q, p_k, p_v, p_start, p_length, p_pos, p_q_pos, p_bias, p_col, p_cos
     if ROPE:
         q_b = tl.load(p_q + o_q + H, mask=m_q, other=0.0).to(TYPE)
     until = None
+    if p_col is not None:
+        col = tl.load(p_col + i_row) + first
     if p_pos is not None:
         # (BM,)
         until = tl.load(p_q_pos + i_row * M + o_m, mask=o_m < M, other=-1)
-        p_pos += tl.load(p_col + i_row) + first
+        p_pos += col
     if p_bias is not None:
-        p_bias += tl.load(p_col + i_row) + first
+        p_bias += col
     m = tl.full((BM,), float("-inf"), tl.float32)
     l = tl.zeros((BM,), tl.float32)
     acc = tl.zeros((BDV, BM), tl.float32)

@@ -207,12 +207,14 @@ def split_codes(p_q, p_k_code, p_k_scale, p_k_low, p_k_start, p_k_n, p_v_code, p
     q, top = scaled_queries(p_q + i_row * M * D, o_m, M, D, WORK)
     q_exchanged, scales = exchange(q, 0), top * scale
     until = None
+    if p_col is not None:
+        col = tl.load(p_col + i_row)
     if p_pos is not None:
         # (BM,)
         until = tl.load(p_q_pos + i_row * M + o_m, mask=o_m < M, other=-1)
-        p_pos += tl.load(p_col + i_row)
+        p_pos += col
     if p_bias is not None:
-        p_bias += tl.load(p_col + i_row)
+        p_bias += col
     m = tl.full((BM,), float("-inf"), tl.float32)
     l = tl.zeros((BM,), tl.float32)
     acc = tl.zeros((D, BM), tl.float32)

@@ -103,16 +103,16 @@ class XQuant(Packed):
 
     def read(self):
         z_k, z_v = self.latents()
-        return self._up(z_k, "k").flatten(0, 1), self._up(z_v, "v").flatten(0, 1)
+        return self._project(z_k, "k").flatten(0, 1), self._project(z_v, "v").flatten(0, 1)
 
     def attend(self, q, pos, cache):
         """Attend; in a step mix z_v and multiply the mixture by M_v, not every token's."""
         if q.shape[2] > 1:
             return Storage.attend(self, q, pos, cache)
         (z_k, z_v), head = self.latents(), torch.arange(q.shape[1], device=q.device)
-        k = cache.rope(self._up(z_k, "k"), torch.where(cache.live, cache.pos, 0))
+        k = cache.rope(self._project(z_k, "k"), torch.where(cache.live, cache.pos, 0))
         mixed = attention.attend(q, k, z_v[:, None].expand(-1, self.heads, -1, -1), *cache.mask(pos))  # (B, H, 1, r)
-        o = self._up(mixed[:, :, 0], "v")  # (B, Hkv, H, D)
+        o = self._project(mixed[:, :, 0], "v")  # (B, Hkv, H, D)
         return o[:, head // cache.config.group, head].unsqueeze(2)  # each query head by its own KV head's M_v
 
     def packed(self, which):
@@ -126,7 +126,7 @@ class XQuant(Packed):
         z = [self._joined(which) for which in self.new]
         return z[0], z[-1]
 
-    def _up(self, z, which):
+    def _project(self, z, which):
         """Compute keys, not rotated, or values, (B, Hkv, N, D), from z (B, N, r)."""
         proj = self.attn.k_proj if which == "k" else self.attn.v_proj
         if self.factors:
