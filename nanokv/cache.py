@@ -12,7 +12,7 @@ from torch import Tensor
 from nanokv import snapshot
 from nanokv.entries import HIDDEN
 from nanokv.layer import Borrowed, LayerCache, Pass
-from nanokv.method import Basis, Dense, Method, Plan, Policy, Storage, together
+from nanokv.method import Basis, Dense, Evict, Method, Plan, Policy, Storage, together
 from nanokv.methods import parse
 from nanokv.packed import Packed
 from nanokv.rows import Rows
@@ -213,6 +213,9 @@ class KVCache:
     def _check(self) -> None:
         for method in self.methods:
             method.check(self.config)
+        plans = [p for p in self.policies if isinstance(p, Plan) and (p.overrides("shares") or p.overrides("rescore"))]
+        if plans and not any(isinstance(p, Evict) for p in self.policies):
+            raise NotImplementedError(f"{plans[0].name} needs a policy that scores entries, such as snapkv")
         merging = [p.name for p in self.policies if p.merges]
         if merging and not self.storage.writable:
             why = f"{merging[0]} merges entries, and {self.storage.name} cannot overwrite one once it is stored"

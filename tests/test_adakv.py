@@ -224,3 +224,8 @@ def test_it_hands_snapkv_what_it_does_not_know():
 def test_bad_parameters_are_refused(alpha):
     with pytest.raises(ValueError, match="adakv: alpha must be from 0 to 1"):
         AdaKV(alpha=alpha)
+
+
+def test_a_policy_without_scores_is_refused():
+    with pytest.raises(NotImplementedError, match="adakv needs a policy that scores entries"):
+        KVCache(tiny.model(), "streamingllm(budget=100)+adakv")

@@ -13,7 +13,7 @@ Bytes: under `full`, once more than budget tokens were read: held = S * Hkv * (2
     S = budget + max(16, budget // 16) slots, whatever the length of the text.
 Acts: the prompt is read exactly and merged down to `budget` entries per KV head when its last token is in, so the first
     generated token sees all of it. Then every step attends to at most budget + 1 entries, updates the moving averages,
-    and merges or drops one.
+    and merges or drops one. Until there are more than `budget` entries every step is the full cache's, bit by bit.
 Differs: entries stay by their mass (weight times moving average), the same in prompt and decode; the authors' code
     ranks by recency-weighted attention without the votes. With grouped queries the mean query of a group decides: the
     merge is exact for that one. Each entry counts its own queries for the bias correction 1 - alpha^n. The paper's
