@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from nanokv import attention
-from nanokv.rows import Rows
+from nanokv.rows import Rows, spare
 
 HIDDEN = 2**31 - 1  # the token number of a forgotten entry: later than any query, so that no query sees it
 
@@ -29,7 +29,7 @@ class Entries:
         self.slots = Rows(self.n_rows)  # each slot's token, where that is not its number, and columns
         self.fills: dict[str, float] = {}  # column -> value for new slots
         self.n_slots, self.counts = [0] * self.n_rows, [0] * self.n_rows  # slots and live entries of each row
-        self.settled = 0  # hidden slots that the storage could not let go of
+        self.settled = [0] * B  # hidden slots of each sequence that the storage could not let go of
         self.moved = 0  # how often slots were renumbered
         self.reads = [0] * B  # tokens of the prompt or step under way, for each sequence
         self.open = False  # a pass is under way: slots stay where they are
@@ -192,17 +192,26 @@ class Entries:
         self.n_slots = [a - b for a, b in zip(self.n_slots, gone, strict=True)]
         self.counts = [a - b for a, b in zip(self.counts, gone, strict=True)]
 
-    def _reclaim(self, least: int) -> None:
-        """Free hidden slots, if there are `least` more of them than could not be freed last time."""
+    def _reclaim(self, at_once: bool) -> None:
+        """Free the hidden slots of each sequence that reads, at once or when there are as many as `spare` allows."""
         if self.counts == self.n_slots:
             return
-        hidden = max(n - c for n, c in zip(self.n_slots, self.counts, strict=True))
-        if hidden - self.settled < least:
+        hidden, heads = self._hidden(), self.config.n_kv_heads
+        due = []
+        for b, (n, left, reads) in enumerate(zip(hidden, self.settled, self.reads, strict=True)):
+            allowed = 1 if at_once else spare(max(self.counts[b * heads : (b + 1) * heads]))
+            due.append(bool(reads) and n - left >= allowed)
+        if not any(due):
             return
-        live = self.live.expand(self.B, self.config.n_kv_heads, -1).flatten(0, 1)
-        self.slots.keep(self.storage.keep(live))
+        keep = self.live if all(due) else self.live | ~torch.tensor(due, device=self.device)[:, None, None]
+        self.slots.keep(self.storage.keep(keep.expand(self.B, heads, -1).flatten(0, 1)))
         self.n_slots, self.moved, self.chosen = list(self.slots.n), self.moved + 1, None
-        self.settled = max(n - c for n, c in zip(self.n_slots, self.counts, strict=True))
+        self.settled = [n if now else left for n, now, left in zip(self._hidden(), due, self.settled, strict=True)]
+
+    def _hidden(self) -> list[int]:
+        """Return how many slots of each sequence's fullest row are hidden."""
+        hidden, heads = [n - c for n, c in zip(self.n_slots, self.counts, strict=True)], self.config.n_kv_heads
+        return [max(hidden[i : i + heads]) for i in range(0, self.n_rows, heads)]
 
     def _write_tokens(self) -> None:
         """Write down each slot's token, where until now slot i held token i."""

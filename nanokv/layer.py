@@ -13,7 +13,6 @@ from torch import Tensor
 from nanokv import attention, backend
 from nanokv.entries import HIDDEN, Entries
 from nanokv.method import Plan, Policy, Storage
-from nanokv.rows import spare
 
 
 class Pass:
@@ -140,7 +139,7 @@ class LayerCache(Entries):
         if not self.open:
             return
         self.open = False
-        self._reclaim(spare(self.n_live) if self.now.phase == "decode" else 1)
+        self._reclaim(at_once=self.now.phase != "decode")
         if self.now.phase != "prompt":
             self.storage.pack(self)
             self.tail, self.reads = None, [0] * self.B
@@ -186,7 +185,8 @@ class LayerCache(Entries):
         self.storage.repeat(B)
         self.slots.repeat(B)
         self.B, self.n_rows = B, self.n_rows * B
-        self.n_slots, self.counts, self.reads = self.n_slots * B, self.counts * B, self.reads * B
+        self.n_slots, self.counts = self.n_slots * B, self.counts * B
+        self.reads, self.settled = self.reads * B, self.settled * B
         for name, note in self.notes.items():
             if isinstance(note, Tensor):
                 self.notes[name] = note.repeat(B, *[1] * (note.dim() - 1))
@@ -328,7 +328,7 @@ class LayerCache(Entries):
         for policy in self.policies:
             policy.before_append(self, n)
         self.open, self.n_read = True, 0.0
-        self._reclaim(spare(self.n_live))
+        self._reclaim(at_once=False)
 
     def _ranks(self, T: int, real: Tensor | None) -> Tensor:
         """Return the positions of T new entries in a cache that renumbers, (B, T), or (B, Hkv, T) where rows differ."""

@@ -44,7 +44,7 @@ class Ours:
     def step(self, ids) -> None:
         with kernels.use(self.backend):
             self.model(ids, self.cache, last=True)
-            self.used = kernels.used()
+            self.used = kernels.used() or "torch"
 
     def nbytes(self) -> int:
         return self.cache.nbytes
@@ -72,9 +72,8 @@ class Peer:
         )  # fmt: skip
         with torch.device("meta"):
             self.model = getattr(self.hf, kind + "ForCausalLM")(config)
-        state = {
-            checkpoint_name(name): t.contiguous() for name, t in model.state_dict().items()
-        }  # as it would load them
+        # as it would load them itself
+        state = {checkpoint_name(name): t.contiguous() for name, t in model.state_dict().items()}
         state.setdefault("lm_head.weight", state["model.embed_tokens.weight"])
         self.model.load_state_dict(state, assign=True, strict=True)
         rotary = type(self.model.model.rotary_emb)(config).to(self.device)  # its frequencies are no parameters
@@ -106,9 +105,13 @@ def bandwidth(device="cpu", mib: int = 512, tries: int = 7) -> float:
     return x.nbytes / statistics.median(times[1:])
 
 
-def contestants(model, specs: list[str], peers: list[str], backends=("auto",)) -> list:
-    """Return the things to be compared; peers are attention implementations of transformers."""
-    ours = [Ours(model, spec, backend) for spec in specs for backend in dict.fromkeys(backends)]
+def contestants(model, specs: list[str], peers: list[str], backends=("auto",), lesson=None) -> list:
+    """Return the things to be compared; peers are attention implementations of transformers.
+
+    `lesson` is the same model as nanokv/model.py has it, which the backend "torch" runs; None: it runs `model`.
+    """
+    models = {"torch": lesson or model}
+    ours = [Ours(models.get(b, model), spec, b) for spec in specs for b in dict.fromkeys(backends)]
     if len(set(backends)) > 1:
         for c in ours:
             c.name = f"{c.spec} [{c.backend}]"
@@ -215,7 +218,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", nargs="+", default=["fp32"], help="fp32, bf16, fp16")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1")
     parser.add_argument("--backend", nargs="+", default=["auto"], choices=("auto", "torch", "triton"),
-                        help="each method on each of these; triton needs a GPU")  # fmt: skip
+                        help="each method on each of these: auto, the fastest; torch, the readable text; triton, on a GPU")  # fmt: skip
     parser.add_argument("--contexts", nargs="+", type=int, default=[16, 1024, 4096])
     parser.add_argument("--peer", nargs="*", default=None, help="attention of transformers: sdpa, eager; default: sdpa")
     parser.add_argument("--threads", type=int, default=None)
@@ -273,7 +276,8 @@ def run(args) -> list[dict]:
             raise ValueError(f"--backend triton: {why}; here only torch can be measured")
         for cache in [KVCache(model, spec) for spec in specs]:  # what is wrong is said before anything is measured
             fits(cache, max(args.contexts) + 3 * args.rounds + 1)
-        field = contestants(model, specs, peers, args.backend)
+        lesson = load(args.model, dtype, args.device, fast=False)[0] if "torch" in args.backend else None
+        field = contestants(model, specs, peers, args.backend, lesson)
         total = len(args.contexts) * (len(field) * args.repeats + args.rounds)
         columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
         with Progress(*columns, console=Console(stderr=True), transient=True) as progress:

@@ -33,8 +33,9 @@ class KeyDiff(Evict):
     limits = {"budget": at_least(1)}
 
     def after_step(self, cache, q, pos):
-        if self.online and cache.n_live > self.budget:
-            cache.keep_best(self.score(cache, q, pos), self.budget, last=min(q.shape[2], self.budget))
+        if self.online and self._room(cache) < 0:
+            newest = min(q.shape[2], self.budget)  # the step's own
+            cache.keep_best(self.score(cache, q, pos), self._shares(cache), last=newest)
 
     def score(self, cache, q, pos):
         k = cache.read()[0].float()

@@ -60,4 +60,4 @@ class StreamingLLM(Policy):
         cache.drop_run(self.n_sink, [c - self.budget for c in cache.counts])
 
     def ahead(self, cache):
-        return max(1, self.budget - cache.n_live)
+        return max(0, self.budget - cache.n_live)

@@ -40,4 +40,4 @@ class Window(Policy):
         cache.drop_run(0, [c - self.budget for c in cache.counts])
 
     def ahead(self, cache):
-        return max(1, self.budget - cache.n_live)
+        return max(0, self.budget - cache.n_live)
