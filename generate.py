@@ -7,16 +7,21 @@ python generate.py --method streamingllm+kivi --ratio 0.3 --prompt-file essay.tx
 import sys
 
 
-def lesson(prompt: str = "Why is the sky blue?", spec: str = "kivi(bits=2)", n: int = 64) -> dict:
-    """Do what the command line does, without its flags: print the text that follows, return the bytes it took."""
+def lesson(prompt: str = "Why is the sky blue?", spec: str = "kivi(bits=4, residual=32)", n: int = 128) -> dict:
+    """Do what the command line does, without its flags: print the text that follows, return the bytes it took.
+
+    python -c "import generate; generate.lesson()"
+    """
     from nanokv import KVCache, generate
+    from nanokv.engine import text
     from weights import load
 
     model, tokenizer = load("smollm2")  # a decoder (nanokv/model.py), and what turns text into token ids
     cache = KVCache(model, spec)  # what the decoder remembers, an object of its own (nanokv/cache.py)
     ids = tokenizer.encode(tokenizer.chat([{"role": "user", "content": prompt}]))
-    for token in generate(model, cache, ids, max_new_tokens=n, stop=tokenizer.eos):  # nanokv/engine.py
-        print(tokenizer.decode([token]), end="", flush=True)
+    tokens = generate(model, cache, ids, max_new_tokens=n, stop=tokenizer.eos)  # one at a time (nanokv/engine.py)
+    for piece in text(tokens, tokenizer):
+        print(piece, end="", flush=True)
     ledger = cache.ledger()["total"]  # every tensor that the cache holds, by what it is for
     print(f"\n{ledger['held']:,} bytes held, where a full cache has {ledger['full']:,}")
     return ledger

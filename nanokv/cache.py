@@ -99,7 +99,8 @@ class KVCache:
 
     def ahead(self) -> int | None:
         """Return how many tokens a draft may have and still be read as by steps; None: any number."""
-        return min((n for layer in self._own() if (n := layer.ahead()) is not None), default=None)
+        every = [layer.ahead() for layer in self._own() if layer.slots is not None]
+        return min((n for n in every if n is not None), default=None)
 
     def accept(self, n: int | list[int]) -> None:
         """Keep the first n tokens of the draft, each sequence its own number, as if steps had read them; drop the rest.
@@ -216,6 +217,9 @@ class KVCache:
         plans = [p for p in self.policies if isinstance(p, Plan) and (p.overrides("shares") or p.overrides("rescore"))]
         if plans and not any(isinstance(p, Evict) for p in self.policies):
             raise NotImplementedError(f"{plans[0].name} needs a policy that scores entries, such as snapkv")
+        kinds = [type(p) for p in self.policies if isinstance(p, Evict)]
+        if twice := [p.name for p in kinds if kinds.count(p) > 1]:
+            raise NotImplementedError(f"{twice[0]} is written twice, and the two would share what they remember")
         merging = [p.name for p in self.policies if p.merges]
         if merging and not self.storage.writable:
             why = f"{merging[0]} merges entries, and {self.storage.name} cannot overwrite one once it is stored"
@@ -284,7 +288,8 @@ class KVCache:
         for layer in self.layers:
             layer.now = now
         for layer, draft in zip(self._own(), drafted, strict=True):
-            layer.again(draft, i, j)
+            if draft is not None:
+                layer.again(draft, i, j)
         self.next_position = [a + b for a, b in zip(before, came, strict=True)]
         self._ids.append(came, id=ids[real].int())
         self._finish(now)

@@ -24,12 +24,18 @@ class Conversation:
         self.unread: list[int] = []  # the last token of a reply that was cut short is not in the cache yet
 
     def ids(self, text: str) -> list[int]:
-        """Return the tokens to read for a user's next message: what is unread, the end of the last turn, this one."""
+        """Return the tokens to read for a user's next message: what is unread, the end of the last turn, this one.
+
+        ValueError where the template makes no such text.
+        """
         user = {"role": "user", "content": text}
         if not self.cache.B:
             return self.tokenizer.encode(self.tokenizer.chat([*self.system, user]))
         before = [*self.system, {"role": "user", "content": "x"}, {"role": "assistant", "content": MARK}]
-        return self.unread + self.tokenizer.encode(self.tokenizer.chat([*before, user]).split(MARK, 1)[1])
+        _, found, after = self.tokenizer.chat([*before, user]).partition(MARK)
+        if not found:
+            raise ValueError("the chat template leaves out or alters what was said before, so that turns cannot follow")
+        return self.unread + self.tokenizer.encode(after)
 
     def say(self, text: str, max_new_tokens: int = 200, **options) -> Iterator[int]:
         """Read a message and yield the tokens of the reply; options as in `generate`. May be left at any token."""
@@ -42,6 +48,11 @@ class Conversation:
             if self._read() > start:
                 self.unread = reply[self._read() - start - len(ids) :]
 
+    def reset(self) -> None:
+        """Forget the conversation."""
+        self.cache.reset()
+        self.unread = []
+
     def settle(self) -> None:
         """Read what is unread, so that the cache holds the whole conversation: before it is saved."""
         for token in self.unread:
@@ -53,10 +64,15 @@ class Conversation:
 
 
 class Beside:
-    """Run the full cache on the same tokens and note how far the predictions part. Give it as `watch` to `generate`."""
+    """Run the full cache on the same tokens and note how far the predictions part. Give it as `watch` to `generate`.
 
-    def __init__(self, model):
+    `before` (n,) are the tokens that the other cache has read already, see `KVCache.ids`.
+    """
+
+    def __init__(self, model, before: Tensor | None = None):
         self.model, self.cache = model, KVCache(model, "full")
+        if before is not None:
+            prefill(model, self.cache, before[None])
         self.kl: list[float] = []  # nats, KL(full || other), after the prompt and after every token
         self.same: list[bool] = []  # do both find the same token likeliest?
 

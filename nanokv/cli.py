@@ -7,7 +7,6 @@ Progress, notes, the closing table and errors go to standard error. Exit codes: 
 
 import argparse
 import ast
-import math
 import os
 import re
 import secrets
@@ -18,10 +17,11 @@ import threading
 import time
 import warnings
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from safetensors import SafetensorError
 
 import weights
 from nanokv import engine, kernels
@@ -43,7 +43,8 @@ morning. Most of them live for only one or two years.
 
 What makes octopuses so intelligent?"""
 MAX_PROMPT = 1 << 26  # bytes taken from a file or pipe, so that /dev/zero is an error and not a full memory
-STAND_IN = 1 << 30  # the budget under --ratio until the prompt has been counted: no constructor finds it too small
+SURROGATES = re.compile("[\ud800-\udfff]")  # how Python shows bytes that are no UTF-8
+STAND_IN = 1 << 30  # tokens of the prompt until they have been counted: no method finds its share too small
 
 
 @contextmanager
@@ -174,8 +175,7 @@ class Job:
     """What to do: the arguments and what was made of them."""
 
     args: argparse.Namespace
-    chosen: list  # (method, its given parameters)
-    by_ratio: list  # those of the parameters whose budget --ratio will set
+    spec: str  # the methods, with the parameters that were given
     prompt: str
     dtype: torch.dtype
     device: torch.device
@@ -188,11 +188,13 @@ def plan(args: argparse.Namespace) -> Job:
         dtype, device = weights.parse_dtype(args.dtype), weights.parse_device(args.device)
         kernels.use(args.backend)
         chosen = choose(args.method, args.parameters)
-        by_ratio = [] if args.ratio is None else leave_to_ratio(chosen, args)
-        construct(spec(chosen))
+        if args.ratio is not None:
+            leave_to_ratio(chosen, args)
+        construct(spec(chosen), None if args.chat else STAND_IN)
     if not args.model:
         raise Wrong("--model is empty")
-    if args.backend in ("triton", "both") and (why := kernels.missing(device)):
+    with_kernels = args.backend == "triton" or (args.backend == "both" and device.type != "cpu")
+    if with_kernels and (why := kernels.missing(device)):
         raise Wrong(f"--backend {args.backend}: {why}")
     if args.load_cache and (args.method != "full" or args.parameters or args.ratio):
         raise Wrong("--load-cache brings its own method, so --method, --ratio and their parameters do not go with it")
@@ -200,13 +202,12 @@ def plan(args: argparse.Namespace) -> Job:
         raise Wrong("--chat does not go with --json, --compare, --raw, --ratio, --prompt and --prompt-file")
     if args.compile and (args.method != "full" or args.load_cache or args.chat or args.compare):
         raise Wrong("--compile is for one text with the method full; not for --load-cache, --chat and --compare")
-    if args.compile and args.device != "cpu":
-        raise Wrong("--compile is for steps on a CPU")
-    if args.load_cache and args.compare:
-        raise Wrong("--compare needs the whole text, which a loaded cache does not tell")
-    for path in filter(None, [args.save_cache]):
-        if os.path.isdir(path) or not os.path.isdir(os.path.dirname(os.path.abspath(path))):
-            raise Wrong(f"cannot write {path}: it is a folder, or its folder does not exist")
+    if args.compile and (device.type != "cpu" or args.backend != "auto"):
+        raise Wrong("--compile is for steps on a CPU, and is a backend of its own: it goes with --backend auto only")
+    if args.save_cache is not None:
+        check_writable(args.save_cache)
+    if args.load_cache and args.system is not None:
+        raise Wrong("--system stands before a text, and a loaded cache has begun its own")
     if args.raw and args.system is not None:
         raise Wrong("--system needs the chat template, which --raw leaves out")
     if "" in args.stop:
@@ -215,9 +216,9 @@ def plan(args: argparse.Namespace) -> Job:
     if not prompt.strip():
         raise Wrong("the prompt is empty")
     for text in (prompt, args.system or "", *args.stop):
-        if re.search("[\ud800-\udfff]", text):  # how Python shows bytes of the command line that are no UTF-8
+        if SURROGATES.search(text):
             raise Wrong(f"{text[:40]!r} is not valid UTF-8")
-    job = Job(args, chosen, by_ratio, prompt, dtype, device)
+    job = Job(args, spec(chosen), prompt, dtype, device)
     if args.temperature == 0 and (args.top_k or args.top_p < 1 or args.min_p or args.seed is not None):
         job.notes.append("--top-k, --top-p, --min-p and --seed do nothing at temperature 0")
     return job
@@ -227,7 +228,7 @@ def choose(method: str, given: dict) -> list:
     """Return (method, parameters) for each term of --method; flags fill in what it leaves open."""
     chosen = [(find(name), parameters) for name, parameters in terms(method)]
     for name, text in given.items():
-        owners = [(info, parameters) for info, parameters in chosen if name in info.parameters]
+        owners = [(info, parameters) for info, parameters in chosen if name in parameters_in(info, chosen)]
         if not owners:
             raise Wrong(f"{flag(name)} is no parameter of {method}: {flags_of(chosen)}")
         if all(name in parameters for _, parameters in owners):
@@ -235,6 +236,14 @@ def choose(method: str, given: dict) -> list:
         for info, parameters in owners:
             parameters.setdefault(name, read_value(text, info.parameters[name]))
     return chosen
+
+
+def parameters_in(info, chosen: list) -> dict:
+    """Return a method's parameters beside the others: a plan's own, and its policy's if that is the one it brings."""
+    bring = [other for other, _ in chosen if other.kind == "plan" and other.cls.brings]
+    brought = not any(other.kind == "policy" for other, _ in chosen) and bring[:1] == [info]
+    own = {f.name for f in fields(info.cls)}
+    return {k: v for k, v in info.parameters.items() if brought or k in own}
 
 
 def read_value(text, default):
@@ -248,33 +257,47 @@ def read_value(text, default):
 
 def flags_of(chosen: list) -> str:
     """Say which parameters the chosen methods have."""
-    flags = [(info.name, ", ".join(map(flag, info.parameters))) for info, _ in chosen]
+    flags = [(info.name, ", ".join(map(flag, parameters_in(info, chosen)))) for info, _ in chosen]
     return "; ".join(f"{name} has {has or 'no parameters'}" for name, has in flags)
 
 
-def leave_to_ratio(chosen: list, args: argparse.Namespace) -> list:
-    """Return the parameters of the methods whose budget --ratio decides, with a stand-in for it."""
+def leave_to_ratio(chosen: list, args: argparse.Namespace) -> None:
+    """Give --ratio to the methods whose budget it decides."""
     if "budget" in args.parameters:
         raise Wrong("--ratio and --budget exclude each other")
-    owners = [parameters for info, parameters in chosen if "budget" in info.parameters]
-    by_ratio = [parameters for parameters in owners if "budget" not in parameters]
+    owners = [parameters for info, parameters in chosen if "budget" in parameters_in(info, chosen)]
+    by_ratio = [parameters for parameters in owners if not {"budget", "ratio"} & set(parameters)]
     if not owners:
         raise Wrong(f"--ratio needs a method with a budget: {flags_of(chosen)}")
     if not by_ratio:
         raise Wrong(f"--ratio: the budget is already given in --method {args.method}")
     for parameters in by_ratio:
-        parameters["budget"] = STAND_IN
-    return by_ratio
+        parameters["ratio"] = args.ratio
 
 
-def spec(chosen: list, defaults: bool = False) -> str:
-    """Write the methods as KVCache reads them, with the given parameters or, for the eye, with all."""
+def spec(chosen: list) -> str:
+    """Write the methods as KVCache reads them, with the given parameters."""
     out = []
     for info, given in chosen:
-        inside = ", ".join(f"{k}={v!r}" for k, v in ((info.parameters if defaults else {}) | given).items())
+        inside = ", ".join(f"{k}={literal(v)}" for k, v in given.items())
         name = info.source or info.name
         out.append(f"{name}({inside})" if inside else name)
     return "+".join(out)
+
+
+def literal(value) -> str:
+    """Write a value so that it can be read again: an infinite number has no literal but one that is too large."""
+    return repr(value).replace("inf", "1e999") if isinstance(value, float) else repr(value)
+
+
+def check_writable(path: str) -> None:
+    """Raise Wrong unless a file can be at this path, and nothing else is there."""
+    if not path or "\0" in path:
+        raise Wrong("a file to save the cache in needs a name")
+    if os.path.isdir(path) or not os.path.isdir(os.path.dirname(os.path.abspath(path))):
+        raise Wrong(f"cannot write {path}: it is a folder, or its folder does not exist")
+    if os.path.lexists(path) and not os.path.isfile(path):
+        raise Wrong(f"cannot write {path}: there is something that is no file")
 
 
 def someone_writes(stream, patience: float = 2.0) -> bool:
@@ -336,21 +359,14 @@ def encode(job: Job, model, tokenizer, cache: KVCache | None = None) -> list[int
         return tokenizer.encode(tokenizer.chat([*system, {"role": "user", "content": job.prompt}]))
 
 
-def budget(ratio: float, n_prompt: int) -> int:
-    """Return the budget, in entries, that a ratio of n_prompt tokens stands for."""
-    return max(1, math.floor(ratio * n_prompt + 0.5))
-
-
-def open_cache(job: Job, model, n_prompt: int = 0) -> KVCache:
+def open_cache(job: Job, model, n_prompt: int | None = None) -> KVCache:
     """Return the cache to begin with: a saved one, or an empty one of the chosen methods."""
     if job.args.load_cache:
         with refusing(ValueError, NotImplementedError, OSError, because=f" (--load-cache {job.args.load_cache})"):
             return KVCache.load(job.args.load_cache, model)
-    for parameters in job.by_ratio:
-        parameters["budget"] = budget(job.args.ratio, n_prompt)
-    because = f" (--ratio {job.args.ratio:g} of {n_prompt} prompt tokens)" if job.by_ratio else ""
+    because = f" (--ratio {job.args.ratio:g} of {n_prompt} prompt tokens)" if job.args.ratio else ""
     with refusing(ValueError, NotImplementedError, because=because):
-        return KVCache(model, spec(job.chosen))
+        return KVCache(model, job.spec, n_prompt=n_prompt)
 
 
 def run(job: Job, model, tokenizer) -> Result:
@@ -361,8 +377,9 @@ def run(job: Job, model, tokenizer) -> Result:
     cache = cache or open_cache(job, model, len(ids))
     seed = None if args.temperature == 0 else secrets.randbits(32) if args.seed is None else args.seed
     begun = cache.next_position[0] if cache.B else 0
-    result = Result(job, cache, len(ids), seed, begun, Beside(model) if args.compare else None)
-    reader = compiled(model, cache, begun + len(ids) + args.max_new_tokens) if args.compile else model
+    beside = Beside(model, cache.ids[0] if begun else None) if args.compare else None
+    result = Result(job, cache, len(ids), seed, begun, beside)
+    reader = compiled(model, begun + len(ids) + args.max_new_tokens, result) if args.compile else model
     with reading_bar(len(ids)) as progress:
         tokens = engine.generate(
             reader, cache, ids, args.max_new_tokens, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
@@ -385,62 +402,87 @@ def run(job: Job, model, tokenizer) -> Result:
     return result
 
 
-def compiled(model, cache: KVCache, most: int):
-    """Return the model with compiled steps; the first of them takes long, and says so."""
+def compiled(model, most: int, result: Result):
+    """Return the model with compiled steps, for texts of up to `most` tokens; `result` is told how long it took."""
     from nanokv import fast_cpu
 
     with refusing(NotImplementedError):
-        reader = fast_cpu.compiled(model, cache, most)
-    reader.told = note
+        reader = fast_cpu.compiled(model, result.cache, most)
+    reader.told = lambda seconds: setattr(result, "compiling", seconds)
+    result.job.notes.append("--compile: the first step is being compiled, which takes about half a minute")
     return reader
 
 
 def save(cache: KVCache, path: str) -> None:
     """Write a cache to a file, or say in one line why not."""
-    with refusing(OSError, NotImplementedError, because=f" (--save-cache {path})"):
+    check_writable(path)
+    with refusing(OSError, SafetensorError, NotImplementedError, because=f" (--save-cache {path})"):
         cache.save(path)
 
 
 def talk(job: Job, model, tokenizer) -> int:
     """Hold a conversation: a line of standard input is a message, the cache lives on across turns."""
-    args, stdin = job.args, sys.stdin
     if tokenizer.template is None:
         raise Wrong("this model has no chat template, which --chat needs")
-    cache = open_cache(job, model)
-    chat = Conversation(model, tokenizer, cache, args.system)
-    while True:
-        if stdin.isatty():
-            print("\n> ", end="", file=sys.stderr, flush=True)
-        line = stdin.readline()
-        message = line.strip()
-        if not line:
-            break
-        if message == "/reset":
-            cache.reset()
-            chat.unread = []
-        elif message == "/cache":
-            note(held(cache))
-        elif message.startswith("/save "):
-            chat.settle()
-            save(cache, message.removeprefix("/save ").strip())
-        elif message.startswith("/"):
-            note(f"{message.split()[0]} is no command; there are /reset, /cache and /save FILE")
-        elif message:
-            options = {k: getattr(args, k) for k in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")}
-            reply = chat.say(message, args.max_new_tokens, seed=args.seed, chunk=args.chunk,
-                             stop=() if args.ignore_eos else tokenizer.eos, **options)  # fmt: skip
-            try:
-                with refusing(ValueError, NotImplementedError):
-                    for piece in engine.text(patient(reply), tokenizer, args.stop):
-                        write(piece)
-            except Wrong as e:  # the context is full: the conversation ends only if its user wants it to
-                note(f"{e}; /reset begins anew")
-            reply.close()
-            write("\n")
-    if args.save_cache:
+    chat = Conversation(model, tokenizer, open_cache(job, model), job.args.system)
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="surrogateescape")  # a line that is no UTF-8 does not end the conversation
+    while line := next_line(sys.stdin):
+        try:
+            answer(job, chat, line.strip())
+        except Wrong as e:  # the conversation ends only if its user wants it to
+            note(str(e))
+    if job.args.save_cache:
         chat.settle()
-        save(cache, args.save_cache)
+        save(chat.cache, job.args.save_cache)
     return 0
+
+
+def next_line(stdin) -> str:
+    """Return the next line of a conversation, "" at its end; of one that is too long, nothing."""
+    if stdin.isatty():
+        print("\n> ", end="", file=sys.stderr, flush=True)
+    line = stdin.readline(MAX_PROMPT)
+    if len(line) < MAX_PROMPT:
+        return line
+    note(f"that line is longer than {MAX_PROMPT >> 20} MiB")
+    while line and not line.endswith("\n"):
+        line = stdin.readline(MAX_PROMPT)
+    return "\n"
+
+
+def answer(job: Job, chat: Conversation, message: str) -> None:
+    """Obey a command, or write the reply to a message; raise Wrong where that cannot be done."""
+    if message == "/reset":
+        chat.reset()
+    elif message == "/cache":
+        note(held(chat.cache))
+    elif message.startswith("/save "):
+        chat.settle()
+        save(chat.cache, message.removeprefix("/save ").strip())
+    elif message.startswith("/"):
+        note(f"{message.split()[0]} is no command; there are /reset, /cache and /save FILE")
+    elif SURROGATES.search(message):
+        note("that line is not valid UTF-8")
+    elif message:
+        reply(job, chat, message)
+
+
+def reply(job: Job, chat: Conversation, message: str) -> None:
+    """Write the reply to a message."""
+    args, context = job.args, chat.cache.config.context
+    options = {k: getattr(args, k) for k in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")}
+    tokens = chat.say(message, args.max_new_tokens, seed=args.seed, chunk=args.chunk,
+                      stop=() if args.ignore_eos else chat.tokenizer.eos, **options)  # fmt: skip
+    try:
+        with refusing(ValueError, NotImplementedError, FloatingPointError, because="; /reset begins anew"):
+            for piece in engine.text(patient(tokens), chat.tokenizer, args.stop):
+                write(piece)
+    finally:
+        tokens.close()
+        write("\n")
+    if not chat.cache.renumbers and chat.cache.next_position[0] >= context:
+        note(f"the reply ended because the model's context of {context} tokens is full; /reset begins anew")
 
 
 def patient(tokens):
@@ -460,7 +502,8 @@ def timed(tokens, result: Result):
     """Pass tokens on, noting each and how long it took to make; the time to print it does not count."""
     while True:
         start = time.perf_counter()
-        with refusing(NotImplementedError, *([] if result.tokens else [ValueError])):  # the engine checks the prompt
+        checked = [] if result.tokens else [ValueError]  # the engine looks at the prompt first
+        with refusing(NotImplementedError, FloatingPointError, *checked):
             token = next(tokens, None)
         took = time.perf_counter() - start
         if token is None:
@@ -521,6 +564,9 @@ def attempt(argv) -> int:
     except Wrong as e:
         note(f"error: {e}")
     except (MemoryError, RuntimeError) as e:
+        if "No working C++ compiler" in str(e):
+            note("error: --compile needs a C++ compiler, such as g++ in the path or in the variable CXX")
+            return 2
         words = r"out of memory|allocate memory|not enough memory"
         if not isinstance(e, MemoryError) and not re.search(words, str(e), re.I):
             raise

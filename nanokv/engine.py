@@ -71,7 +71,8 @@ def generate_batch(
     temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 switch those filters off; with a seed, every sequence draws as
     it would alone. The repetition penalty applies to all that the cache has read. `watch` is called after every pass
     with the ids that were read (B, T), -1 where a sequence read nothing, and the logits that follow them (B, vocab).
-    Raises ValueError for an empty batch, an empty or too long prompt and for options out of range.
+    Raises ValueError for an empty batch, an empty or too long prompt and for options out of range, FloatingPointError
+    where the model's numbers are none.
     """
     prompts = [list(p) for p in prompts]
     _check_prompts(cache, prompts)
@@ -89,6 +90,7 @@ def generate_batch(
             logits = model(ids, cache, last=True)[:, -1]
         if watch:
             watch(ids, logits)
+        _check_logits(logits, done)
         if temperature == 0 and repetition_penalty == 1:
             tokens = logits.argmax(-1).tolist()  # on the device: only tokens are copied to the host
         else:
@@ -151,6 +153,16 @@ def _check_options(max_new_tokens, chunk, temperature, top_k, top_p, min_p, repe
     ):
         if not ok:
             raise ValueError(f"{name} must be {what}")
+
+
+def _check_logits(logits: Tensor, done: list[bool]) -> None:
+    finite = logits.amax(-1).isfinite().tolist()  # an infinite or undefined number is the largest of all
+    if bad := [b for b, (ok, ended) in enumerate(zip(finite, done, strict=True)) if not (ok or ended)]:
+        dtype = str(logits.dtype).removeprefix("torch.")
+        raise FloatingPointError(
+            f"the model's logits for the next token{f' of text {bad[0]}' if len(done) > 1 else ''} are not finite in "
+            f"{dtype}; another dtype may help, or the model's weights are damaged"
+        )
 
 
 def sample(logits: Tensor, temperature, top_k, top_p, min_p, repetition_penalty, seen: Tensor, rng) -> int:

@@ -146,8 +146,8 @@ class Entries:
         n = [n] * self.n_rows if isinstance(n, int) else n
         rows = zip(self.counts, n, self._each(self.reads), strict=True)
         gone = [max(0, min(c - m, c - first - last)) if reading else 0 for c, m, reading in rows]
-        least = torch.finfo(score.dtype).min
-        score = score.nan_to_num(least, torch.inf, least).masked_fill(~self.between(first, last), torch.inf)
+        ends = torch.finfo(score.dtype)
+        score = score.nan_to_num(ends.min, ends.max, ends.min).masked_fill(~self.between(first, last), torch.inf)
         return attention.lowest(score, max(gone)), gone
 
     def drop_run(self, first: int, n: list[int]) -> None:
@@ -226,7 +226,7 @@ class Entries:
             new = [value[r, :n] for r, n in enumerate(self.n_slots)]
             self.slots.append(self.n_slots, **{name: torch.cat(new)})
         else:
-            self.slots.data[name] = value.new_full((sum(self.slots.cap),), fill)
+            self.slots.data[name] = value.new_full((self.slots.size,), fill)
             self.slots.write(name, value)
 
     def _each(self, numbers: list[int]) -> list[int]:

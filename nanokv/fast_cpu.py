@@ -214,7 +214,7 @@ def on_codes(storage: KIVI, q: Tensor, pos: Tensor, cache) -> Tensor | None:
     scores = [x @ storage.first["k"]["x"].float().mT] if any(storage.first["k"].n) else []
     scores += [dot(x, old["k"], storage.width["k"])] if any(old["k"].n) else []
     s = torch.cat([*scores, x @ storage.new["k"]["x"].float().mT], -1)  # (R, G*T, N)
-    if not cache.plain:
+    if not cache.plain or T > 1:
         mask = cache.additive_mask(pos)
         s = (s.view(B, -1, H * B // R, T, s.shape[-1]) + mask[:, :, None]).view_as(s)
     p = s.softmax(-1)
@@ -306,7 +306,7 @@ class compiled:
                 raise NotImplementedError(f"--compile is made for {why} only")
         self.model, self.config, self.most = model, c, most
         self.rope, self.layers, self.embed_tokens = model.rope, model.layers, model.embed_tokens
-        self.told = None  # told, once, how long it took to compile
+        self.told = None  # told, once, how many seconds it took to compile
         self.step = torch.compile(self._step, dynamic=False, fullgraph=True, options={"cpp_wrapper": True})
 
     def __call__(self, ids: Tensor, cache, phase: str | None = None, last: bool = False) -> Tensor:
@@ -326,11 +326,13 @@ class compiled:
             for n in "kv"
         ]
         cos, sin = self.rope.cos[pos[0]], self.rope.sin[pos[0]]  # (1, D)
-        bags = {n: _bags(n, torch.get_num_threads()) for n in (self.config.hidden, self.config.ffn)}
+        c = self.config
+        widths = c.hidden, c.ffn, c.n_heads * c.head_dim
+        bags = {n: _bags(n, torch.get_num_threads()) for n in widths}
         start = time.perf_counter()
         logits = self.step(ids, pos[0], cos, sin, *kv, bags)
         if self.told:
-            self.told(f"the first step was compiled in {time.perf_counter() - start:.0f} s")
+            self.told(time.perf_counter() - start)
             self.told = None
         for layer in cache.layers:
             layer.storage.kv.grown(1)

@@ -43,6 +43,7 @@ class LayerCache(Entries):
         self.last_reader = layer  # the last layer that reads these entries
         self.n_observed = max((p.observes for p in policies), default=0)
         self.B, self.n_rows, self.slots, self.now, self.draft = 0, 0, None, None, None
+        self.asked, self.open = None, False  # also of a layer that is never asked
         self.difference = 0.0  # the largest between two backends' results, where both run
 
     def allocate(self, B: int, device) -> None:
@@ -118,18 +119,18 @@ class LayerCache(Entries):
             return
         (q, pos), self.asked = self.asked, None
         phase = self.now.phase
-        if self.window and not self.renumbers:  # no later query can see further back
-            newest = pos.amax(-1)[:, None, None]
-            self.keep(self.token > newest + 1 - self.window)
         if phase != "decode" and self.n_observed:
             self._observe(q, pos)
         rotated = self.rope(q, pos) if self.policies else None
         self.unrotated = q
+        for policy in self.policies if phase != "decode" else ():
+            policy.after_part(self, rotated, pos)  # while all that these queries saw is there
+        if self.window and not self.renumbers:  # no later query can see further back
+            newest = pos.amax(-1)[:, None, None]
+            self.keep(self.token > newest + 1 - self.window)
         for policy in self.policies:
             if phase == "decode":
                 policy.after_step(self, rotated, pos)
-            else:
-                policy.after_part(self, rotated, pos)
             if phase == "last":
                 policy.after_prompt(self)
         self.unrotated = None
@@ -151,8 +152,10 @@ class LayerCache(Entries):
         every = [self.storage.ahead(), *(p.ahead(self) for p in self.policies)]
         return min((n for n in every if n is not None), default=None)
 
-    def withdraw(self) -> tuple:
+    def withdraw(self) -> tuple | None:
         """Take the drafted entries back; return k, v, x, pos and q, each sequence's tokens first, for `again`."""
+        if self.draft is None:  # a plan has skipped the layer
+            return None
         (k, v, x, pos, q), self.draft = self.draft, None
         came = self.now.came
         self._cut(self._each(came))

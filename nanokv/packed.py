@@ -244,8 +244,11 @@ class Packed(Storage):
         """Return whose basis is to be made, or made anew, when t more have come."""
         least = self.n_sink + (self.basis.least if self.basis else 0)
         again = bool(self.basis and self.basis.learns)
-        both = zip(self.came, self.seen, strict=True)
-        return [n + t >= 2 * seen and again if seen else n + t > least for n, seen in both]
+        due = [not seen or again and n + t >= 2 * seen for n, seen in zip(self.came, self.seen, strict=True)]
+        if not any(due):
+            return due
+        held = zip(*self._lengths("v"), strict=True)  # a policy may have left too few
+        return [now and sum(n) + t > least for now, n in zip(due, held, strict=True)]
 
     def _encode(self, x, which, at):
         fields = self.encode(x, which, at)

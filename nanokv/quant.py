@@ -33,6 +33,8 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     Numbers far apart share a byte, so that unpacking writes whole runs of them. Widths that do not divide 8 are two
     packings side by side: 3 bits are the low 2, then the high 1; 5 to 7 are the low 4, then the rest.
     """
+    if codes.shape[-1] * bits % 8:
+        raise NotImplementedError(f"{codes.shape[-1]} numbers of {bits} bits do not fill whole bytes")
     if 8 % bits:
         low = 2 if bits == 3 else 4
         return torch.cat([pack(codes & 2**low - 1, low), pack(codes >> low, bits - low)], -1)

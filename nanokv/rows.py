@@ -29,6 +29,11 @@ class Rows:
         self._where: tuple[Tensor, Tensor] | None = None
 
     @property
+    def size(self) -> int:
+        """Return the slots that every field has, spare ones and those before the first row included."""
+        return len(next(iter(self.data.values()))) if self.data else sum(self.cap)
+
+    @property
     def where(self) -> tuple[Tensor, Tensor]:
         """Return where rows start, int64 (R,), and their lengths, int32 (R,), as tensors on the fields' device."""
         if self._where is None:
@@ -62,7 +67,7 @@ class Rows:
         """Add counts[r] slots to row r; fields are given row by row, (sum of counts, ...)."""
         for name, value in fields.items():
             if name not in self.data:
-                self.data[name] = value.new_empty(sum(self.cap), *value.shape[1:])
+                self.data[name] = value.new_empty(self.size, *value.shape[1:])
         need = [n + t for n, t in zip(self.n, counts, strict=True)]
         if any(n > c for n, c in zip(need, self.cap, strict=True)):
             self._move(need)

@@ -45,8 +45,15 @@ class Result:
     tokens: list = field(default_factory=list)
     first: float = 0.0
     decoding: float = 0.0  # of all tokens but the first
+    compiling: float | None = None  # the part of it that compiled the step, with --compile
     exhausted: bool = False  # the engine had nothing more to give
     interrupted: bool = False
+
+    @property
+    def speed(self) -> float | None:
+        """Return tokens per second, of all but the first, and but the one whose step was being compiled."""
+        n = len(self.tokens) - 1 - (self.compiling is not None)
+        return n / (self.decoding - (self.compiling or 0)) if n > 0 else None
 
     @property
     def ended(self) -> str:
@@ -78,6 +85,18 @@ def report(result: Result) -> None:
         context = result.cache.config.context
         note(f"the text ended because the model's context of {context} tokens is full; methods that renumber positions,"
              " such as streamingllm, have no such limit")  # fmt: skip
+    if why := idle(result.cache):
+        note(why)
+
+
+def idle(cache: KVCache) -> str:
+    """Say which policy had nothing to forget, or return an empty string."""
+    budgets = [p for p in cache.policies if hasattr(p, "budget")]
+    read = sum(cache.next_position) * cache.config.n_kv_heads
+    if not read or len(budgets) != 1 or any(sum(c.counts) < read for c in cache.layers if c.slots is not None):
+        return ""
+    name, most, n = budgets[0].name, budgets[0].budget, max(cache.next_position)
+    return f"{name}(budget={most}) forgot nothing: {n} tokens; try --ratio 0.25"
 
 
 def measure(result: Result) -> dict[str, str]:
@@ -91,7 +110,7 @@ def measure(result: Result) -> dict[str, str]:
         "prompt tokens": f"{result.n_prompt:,}",
         "new tokens": f"{n:,}, {sampling}, ended by {result.ended}",
         "time to first token": f"{result.first:.2f} s" if n else "-",
-        "decode": f"{(n - 1) / result.decoding:.1f} tokens/s" if n > 1 else "-",
+        "decode": f"{result.speed:.1f} tokens/s" if result.speed else "-",
         "cache held": size(total["held"]),
         "full cache": size(total["full"]),
         "ratio": compare(total["full"], total["held"]),
@@ -105,6 +124,8 @@ def measure(result: Result) -> dict[str, str]:
         rows["against full"] = (
             f"KL {sum(kl) / len(kl):.4f} nats, top token the same {sum(same) / len(same):.1%}, {where}"
         )
+    if result.compiling is not None:
+        rows["compiled"] = f"in {result.compiling:.1f} s, which are not in the tokens/s"
     if args.backend == "both":
         parts = [f"{c.difference:.1e}" for c in result.cache.layers]
         rows["backends differ"] = f"by at most {max(parts, key=float)} (per layer: {' '.join(parts)})"
@@ -121,7 +142,7 @@ def as_json(result: Result) -> dict:
         "text": result.text, "tokens": result.tokens, "method": result.cache.spec, "model": job.args.model,
         "prompt_tokens": result.n_prompt, "new_tokens": n, "ended_by": result.ended, "seed": result.seed,
         "time_to_first_token": result.first if n else None,
-        "tokens_per_second": (n - 1) / result.decoding if n > 1 else None,
+        "tokens_per_second": result.speed, "seconds_compiling": result.compiling,
         "ledger": result.cache.ledger()["total"], "peak_memory": peak_memory(job.device),
         "dtype": str(job.dtype).removeprefix("torch."), "device": str(job.device), "threads": torch.get_num_threads(),
         "backend": kernels.used() or "torch", "backends_differ": differ,
@@ -194,9 +215,10 @@ def console(stream) -> Console:
 
 
 def note(message: str) -> None:
-    """Tell the user something, in one line on standard error."""
+    """Tell the user something, in one line on standard error, of 500 characters at most and all of them visible."""
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(message.split()))
     with suppress(OSError):  # nobody reads it
-        print("generate.py:", " ".join(message.split()), file=sys.stderr, flush=True)
+        print("generate.py:", line if len(line) <= 480 else line[:477] + "...", file=sys.stderr, flush=True)
 
 
 def write(text: str) -> None:

@@ -51,6 +51,50 @@ def test_a_conversation_equals_reading_everything_at_once():
     assert reply == list(generate(m, KVCache(m), said + second[1:], 9))
 
 
+@pytest.mark.parametrize("spec", ["full", "snapkv(budget=20, window=4)", "knorm(budget=20)"])
+def test_the_cache_knows_the_whole_conversation(spec):
+    m, words = tiny.model(), Words()
+    talk = Conversation(m, words, KVCache(m, spec))
+    said = talk.ids("hello")
+    said += list(talk.say("hello", 9))
+    said += talk.ids("more")[1:]  # which begins with the token that was not read yet
+    said += list(talk.say("more", 9))
+    assert talk.cache.ids[0].tolist() == said[:-1]
+    alone = talk.cache.clone()
+    talk.settle()  # a step, not a prompt
+    assert talk.cache.ids[0].tolist() == said
+    m(torch.tensor([said[-1:]]), alone, "decode")
+    assert all(
+        talk.cache.live_positions(layer, head).tolist() == alone.live_positions(layer, head).tolist()
+        for layer in range(2)
+        for head in range(2)
+    )
+    talk.reset()
+    assert not talk.unread and not talk.cache.B and talk.ids("hello") == words.encode("<u>hello\n<a>")
+
+
+def test_a_template_that_leaves_out_earlier_turns_is_refused_in_words():
+    class Forgetful(Words):
+        def chat(self, messages, add_generation_prompt=True):
+            return super().chat(messages[-1:])
+
+    m = tiny.model()
+    talk = Conversation(m, Forgetful(), KVCache(m))
+    list(talk.say("hello", 3))
+    with pytest.raises(ValueError, match="the chat template leaves out or alters"):
+        next(talk.say("more", 3))
+    assert talk.cache.next_position and len(talk.unread) == 1  # as they were
+
+
+def test_beside_a_cache_that_has_begun():
+    m = tiny.model()
+    cache = KVCache(m)
+    prefill(m, cache, tiny.ids(30))
+    beside = Beside(m, cache.ids[0])
+    list(generate(m, cache, [5, 6], 4, watch=beside))
+    assert beside.cache.next_position == [35] and max(beside.kl) < 1e-6 and beside.parted is None
+
+
 def test_a_turn_that_ends_by_a_stop_token_leaves_nothing_unread():
     m, words = tiny.model(), Words()
     talk = Conversation(m, words, KVCache(m))

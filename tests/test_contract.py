@@ -1,352 +1,362 @@
-"""What every method promises, for every method there is: a new file in nanokv/methods is tested by its presence here.
+"""What every method promises, found by file: constant time per method. Combinations are sampled, another set each day.
 
-Small models and small parameters, so that methods act early: a parameter takes its value from SMALL by its name.
+A check takes a spec and a model, so that a method in any file can be put to it. NANOKV_ALL=1 runs all combinations.
 """
 
-import copy
-import gc
-import inspect
+import datetime
 import itertools
-import pickle
-import weakref
+import os
+import random
+import tempfile
 from pathlib import Path
 
+import methods_for_tests
 import pytest
 import tiny
 import torch
 
-from nanokv import KVCache, generate, generate_batch, methods
-from nanokv.attention import reference
-from nanokv.cache import Policy, _tensors
+from nanokv import KVCache, fast_cpu, generate, generate_batch, kernels
+from nanokv.layer import Pass
+from nanokv.method import Policy
+from nanokv.methods import available, parse
+from nanokv.model import RoPE
 
-SMALL = {"budget": 40, "window": 8, "residual": 32, "group": 32, "rank": 16, "floor": 4}
-ALL = {info.name: info for info in methods()}
-NAMES = {kind: [i.name for i in ALL.values() if i.kind == kind] for kind in ("storage", "policy", "plan")}
-
-
-def small(name, **more):
-    """Construct a method with small parameters."""
-    info = ALL[name]
-    return info(**{k: v for k, v in (SMALL | more).items() if k in info.parameters})
+INFOS = {info.name: info for info in available()}
+SMALL = {"budget": 24, "window": 8, "rank": 8, "bits": 2, "group": 16, "residual": 16, "n_sink": 2, "n_future": 16}
+SPECIAL = {"pca": {"least": 12}}
+PARTS = ("payload", "scales", "columns", "residual", "unused")  # of a ledger's `held`
+MODELS = {}
 
 
-def combinations():
-    """Yield every set of at most one storage, one policy and one plan."""
-    for names in itertools.product(*([*NAMES[kind], None] for kind in NAMES)):
-        if any(names):
-            yield [n for n in names if n]
+def small(info) -> str:
+    """Return a spec with which a method really acts on texts of a hundred tokens."""
+    given = {k: v for k, v in SMALL.items() if k in info.parameters} | SPECIAL.get(info.name, {})
+    return spelt(info, given)
 
 
-def build(m, names, **more):
-    """Return a cache for the combination, or None where it is refused in words."""
-    try:
-        return KVCache(m, [small(n, **more) for n in names])
-    except NotImplementedError as error:
-        assert len(str(error)) > 20 and "\n" not in str(error)
-        return None
+def spelt(info, given) -> str:
+    name = info.source or info.name
+    return f"{name}({', '.join(f'{k}={v!r}' for k, v in given.items())})" if given else name
 
 
-def parts(cache, n):
-    """Return how many tokens this cache reads at once, at most n."""
-    return min(n, cache.chunk or n)
+SPECS = {name: small(info) for name, info in INFOS.items()}
+NAMES = list(SPECS)
+every_method = pytest.mark.parametrize("spec", SPECS.values(), ids=NAMES)
 
 
-@pytest.fixture(scope="module")
-def m():
-    return tiny.model()
+def model(**options):
+    """Return a tiny model in fp64, the same one for the same options."""
+    key = tuple(sorted(options.items(), key=str))
+    if key not in MODELS:
+        MODELS[key] = tiny.model(**({"n_layers": 2, "dtype": torch.float64} | options))
+    return MODELS[key]
 
 
-each = pytest.mark.parametrize("name", ALL)
+def run(m, spec, ids, more, chunk=None):
+    """Read a prompt, then what follows one by one; return the logits of both and the cache."""
+    cache = KVCache(m, spec)
+    first = tiny.feed(m, cache, ids, min(chunk or 10**6, cache.chunk or 10**6))
+    return first, tiny.steps(m, cache, more), cache
 
 
-# (a) with the right parameters nothing changes
+def kept(cache, b=None) -> list:
+    """Return the live tokens of every row, of one sequence or of all."""
+    some = range(cache.B) if b is None else [b]
+    rows = [(i, h, b) for b in some for i in range(len(cache.layers)) for h in range(cache.config.n_kv_heads)]
+    return [cache.live_positions(*row).tolist() for row in rows]
 
 
-@each
-def test_exact_parameters_equal_the_full_cache(name, m):
-    method = ALL[name](**ALL[name].cls.exact(m.config))
-    full, cache = KVCache(m), KVCache(m, [method])
-    text = tiny.ids(230)
-    chunk = parts(cache, 100)
-    want = torch.cat([tiny.feed(m, full, text[:, :200]), tiny.steps(m, full, text[:, 200:])], 1)
-    got = torch.cat([tiny.feed(m, cache, text[:, :200], chunk), tiny.steps(m, cache, text[:, 200:])], 1)
-    assert tiny.rms(got, want) < 1e-4  # fp32 through a change of basis and two layers of sharp attention
+def acts_early(spec) -> bool:
+    """Say whether a method may change what a prompt's own tokens see."""
+    return any(m.chunk or getattr(m, "selects_prompts", False) for m in parse(spec))
 
 
-# (b) attention is what `read` says, whatever fast path computes it; for all combinations, ragged and hidden rows too
+def tensors(part, seen=None) -> dict[int, int]:
+    """Return where the tensors lie that can be reached from anything but the model, and their bytes."""
+    seen = set() if seen is None else seen
+    if id(part) in seen or isinstance(part, (torch.nn.Module, RoPE, Pass, type)):
+        return {}
+    seen.add(id(part))
+    if isinstance(part, torch.Tensor):
+        memory = part.untyped_storage()
+        return {memory.data_ptr(): memory.nbytes()} if memory.nbytes() else {}
+    inside = part.values() if isinstance(part, dict) else part if isinstance(part, (list, tuple, set)) else ()
+    own = vars(part) if hasattr(part, "__dict__") else {}
+    inside = [*inside, *(held for name, held in own.items() if name != "_where")]  # 12 bytes a row, made when needed
+    return {at: n for more in inside for at, n in tensors(more, seen).items()}
 
 
-@pytest.mark.parametrize("names", list(combinations()), ids="+".join)
-def test_combinations_work_or_refuse_in_words(names, m, record_property):
-    """(b), (d), (g), (h): run past every window and group, hold bounds, attend as the reference does over `read`."""
-    cache = build(m, names)
-    record_property("refused", cache is None)
-    if cache is None:
-        return
-    run_past_every_limit(m, cache, 200)
+# Checks
 
 
-@pytest.mark.parametrize("names", list(itertools.permutations(NAMES["policy"], 2)), ids="+".join)
-def test_two_policies_share_a_cache(names, m):
-    """(b), (d), (g) for ordered pairs; the second one has less room, so that both have something to forget."""
-    first, second = small(names[0]), small(names[1], budget=30)
-    if first.renumbers and second.merges or first.merges and second.renumbers:
-        with pytest.raises(NotImplementedError, match="no single position"):
-            KVCache(m, [first, second])
-        return
-    run_past_every_limit(m, KVCache(m, [first, second]), 50)
+def check_exact(info, m):
+    """With the parameters that `exact` names, a method changes nothing."""
+    harmless = info.cls.exact(m.config)
+    if "budget" in info.parameters and info.kind == "plan":
+        harmless = {"budget": m.config.context} | harmless
+    ids, more = tiny.ids(60), tiny.ids(9, seed=4)
+    want, got = run(m, "full", ids, more), run(m, spelt(info, harmless), ids, more)
+    assert tiny.rms(got[0], want[0]) < 1e-6 and tiny.rms(got[1], want[1]) < 1e-5  # bases and rebuilding are fp32
 
 
-def run_past_every_limit(m, cache, steps):
-    """Read 130 tokens in parts, then `steps` more; assert that bounds hold and attention is what `read` says."""
-    text = tiny.ids(130 + steps)
-    tiny.feed(m, cache, text[:, :130], parts(cache, 50))
-    for t in range(130, 130 + steps):
-        logits = m(text[:, t : t + 1], cache)
-        if t % 20 == 0 or t < 135:
-            live = sum(sum(c.counts) for c in cache.layers) / sum(c.n_rows for c in cache.layers)
-            assert live <= min(method.most(130, t - 129) for method in cache.methods) + 1e-9
-            for c in cache.layers:
-                counts = c.live.expand(c.B, 2, -1).sum(-1).flatten().tolist()
-                assert c.counts == counts and all(n <= s for n, s in zip(c.counts, c.n_slots, strict=True))
-    assert logits.isfinite().all()
-    for c in cache.layers:
-        q = torch.randn(1, 6, 1, 32)
-        pos = torch.full((1, 1), 129 + steps if not cache.renumbers else c.n_live)
-        k, v = c.read()
-        assert k.shape == v.shape == (1, 2, c.size, 32)
-        want = reference(q, k, v, c.mask(pos))
-        assert tiny.rms(c.attend(q, pos), want) < 1e-5  # fp32, sums in another order
-    row = cache.ledger()["total"]
-    assert row["held"] == sum(row[x] for x in ("payload", "scales", "columns", "residual", "unused"))
-    assert row["unused"] >= 0
+def check_acts(spec, m):
+    """With small parameters it acts; the prompt's own tokens see all of it, unless it reads in parts of its own."""
+    ids, more = tiny.ids(100), tiny.ids(24, seed=4)
+    want, got = run(m, "full", ids, more), run(m, spec, ids, more)
+    assert tiny.rms(got[1], want[1]) > 1e-3, "it never acts"
+    assert got[2].nbytes < want[2].nbytes, "it holds no less"
+    assert acts_early(spec) or tiny.rms(got[0], want[0]) < 1e-5
 
 
-def test_the_number_of_combinations(m, capsys):
-    """(h) say how many combinations there are, and how many are refused."""
-    built = [(names, build(m, names)) for names in combinations()]
-    refused = [names for names, cache in built if cache is None]
-    with capsys.disabled():
-        print(
-            f"\n{len(built)} combinations, {len(refused)} refused: {', '.join('+'.join(n) for n in refused) or 'none'}"
-        )
-    assert len(built) == (len(NAMES["storage"]) + 1) * (len(NAMES["policy"]) + 1) * (len(NAMES["plan"]) + 1) - 1
+def check_attention(spec, m):
+    """Attention is what attention.reference makes of what `read` returns, in steps, drafts and prompts."""
+    fast = fast_cpu.speed_up(tiny.model(n_layers=2, G=m.config.group, n_kv_heads=m.config.n_kv_heads))
+    for backend in ("torch", "auto"):
+        with kernels.use(backend):
+            *_, cache = run(fast, spec, tiny.ids(90), tiny.ids(20, seed=4))
+            seen = methods_for_tests.Against()
+            for layer in cache.layers:
+                layer.recorder = seen
+            tiny.steps(fast, cache, tiny.ids(3, seed=5))
+            fast(tiny.ids(4, seed=6), cache, "draft")
+            cache.accept(2)
+            fast(tiny.ids(4, seed=7), cache, "last")
+            assert len(seen.errors) == 10 and max(seen.errors) < 2e-5  # fp32, added up in another order
 
 
-@each
-@pytest.mark.parametrize("end", ["dropped", "reset"])
-def test_memory_is_free_when_a_cache_is(name, end, m):
-    """(d) at once, not when Python next looks for objects that know each other; clones and parts of prompts too."""
-    gc.collect()
-    gc.disable()
-    try:
-        cache = KVCache(m, [small(name)])
-        tiny.feed(m, cache, tiny.ids(100), parts(cache, 40))
-        other = cache.clone()
-        tiny.steps(m, cache, tiny.ids(5))
-        tiny.steps(m, other, tiny.ids(5))
-        constants = {id(t) for c in cache.layers for t in c.storage.constants()}
-        held = [t for k in (cache, other) for c in k.layers for t in _tensors([c.storage, c.slots])]
-        held = [weakref.ref(t) for t in held if id(t) not in constants]
-        assert held and all(t() is not None for t in held)
-        if end == "reset":
+def check_causality(spec, m):
+    """What comes later in a pass changes no logits of what comes earlier."""
+    ids, cut = tiny.ids(70), KVCache(m, spec).chunk or 70
+    other = ids.clone()
+    other[:, 41:] = tiny.ids(29, seed=8)
+    a, b = (tiny.feed(m, KVCache(m, spec), x, cut) for x in (ids, other))
+    assert tiny.rms(a[:, :41], b[:, :41]) < 1e-12 and tiny.rms(a[:, 41:], b[:, 41:]) > 1e-3
+
+
+def check_parts(spec, m):
+    """A prompt in parts is the prompt. A method that reads in parts of its own has no such promise to keep."""
+    ids, more = tiny.ids(97), tiny.ids(20, seed=4)
+    want = run(m, spec, ids, more)
+    for chunk in (1, 13, 64) if not want[2].chunk else ():
+        got = run(m, spec, ids, more, chunk)
+        assert kept(got[2]) == kept(want[2]) and tiny.rms(got[1], want[1]) < 1e-6, chunk
+
+
+def check_most(spec, m):
+    """No more lives than `most` says."""
+    for n, steps in ((100, 30), (10, 40)):
+        *_, cache = run(m, spec, tiny.ids(n), tiny.ids(steps, seed=4))
+        most = min(x.most(n, steps) for x in [cache.storage, *cache.methods])
+        assert sum(map(len, kept(cache))) <= most * cache.config.n_layers * cache.config.n_kv_heads
+
+
+def check_ledger(spec, m):
+    """The ledger's parts add up to what is held, which is what the tensors that can be found take."""
+    *_, cache = run(m, spec, tiny.ids(90), tiny.ids(20, seed=4))
+    ledger, known = cache.ledger(), {}
+    for layer, row in zip(cache.layers, ledger["layers"], strict=True):
+        assert sum(row[p] for p in PARTS) == row["held"] and min(row.values()) >= 0
+        constants = tensors([layer.storage.constants(), [getattr(layer.storage, n, 0) for n in layer.storage.derived]])
+        rest = {name: part for name, part in vars(layer).items() if name != "positions"}  # the pass's, which goes
+        found = {at: n for at, n in tensors(rest).items() if at not in constants and at not in known}
+        assert row["held"] == sum(found.values())
+        known |= found
+    c, total = m.config, ledger["total"]
+    assert total["full"] == 110 * c.n_layers * c.n_kv_heads * 2 * c.head_dim * m.embed_tokens.weight.element_size()
+    assert 0 < total["read"] <= total["held"] and sum(total[p] for p in PARTS) == total["held"] == cache.nbytes
+
+
+def check_batches(spec, m):
+    """Each sequence of a batch gets what it gets alone, though others stop, pause and go on."""
+    texts = [tiny.ids(n, seed=n)[0].tolist() for n in (90, 41, 7)]
+    later = [tiny.ids(n, seed=100 + n)[0].tolist() for n in (5, 33, 2)]
+    stop = list(generate(m, KVCache(m, spec), texts[1], 9))[6:7]
+    cache = KVCache(m, spec)
+    first = list(zip(*generate_batch(m, cache, texts, 20, stop=stop), strict=True))
+    tiny.steps(m, cache, torch.tensor([[5], [-1], [6]]))  # one pauses
+    list(generate_batch(m, cache, [[7, 8, 9], [], [4]], 0))  # and is left out, while one reads a single token
+    second = list(zip(*generate_batch(m, cache, later, 12), strict=True))
+    assert any(None in own for own in first)
+    for b, turns in enumerate([([5], [7, 8, 9]), ((), ()), ([6], [4])]):
+        alone = KVCache(m, spec)
+        assert list(generate(m, alone, texts[b], 20, stop=stop)) == [t for t in first[b] if t is not None]
+        for turn in turns:
+            list(generate(m, alone, turn, 0)) if len(turn) else None
+        assert list(generate(m, alone, later[b], 12)) == list(second[b])
+        assert kept(alone) == kept(cache, b)
+
+
+def check_drafts(spec, m):
+    """The first tokens of a draft are exact, as many as `ahead` says; an accepted one is so many steps."""
+    more = tiny.ids(40, seed=4)
+    want, got = (run(m, spec, tiny.ids(60), more[:, :3])[2] for _ in range(2))
+    size = min(9, got.chunk or 9)
+    n, ahead = size // 2 + 1, got.ahead()
+    exact = n if ahead is None else min(n, ahead)
+    after = 3 + n
+    draft = m(torch.cat([more[:, 3:after], tiny.ids(size - n, seed=9)], 1), got, "draft")
+    got.accept(n)
+    steps = tiny.steps(m, want, more[:, 3:after])
+    assert not exact or tiny.rms(draft[:, :exact], steps[:, :exact]) < 1e-6
+    assert got.next_position == want.next_position and got.ids[0].tolist() == want.ids[0].tolist()
+    if exact == n:
+        assert kept(got) == kept(want)
+        assert tiny.rms(tiny.steps(m, got, more[:, after:]), tiny.steps(m, want, more[:, after:])) < 1e-6
+    before, held = kept(got), got.ids[0].tolist()
+    m(tiny.ids(size, seed=3), got, "draft")
+    got.accept(0)
+    assert kept(got) == before and got.ids[0].tolist() == held
+
+
+def check_copies(spec, m):
+    """Saved and cloned caches go on bit by bit, and the original as if nothing had been."""
+    *_, cache = run(m, spec, tiny.ids(90), tiny.ids(20, seed=4))
+    others = [cache.clone()]
+    if all(method.source or type(method).__module__.startswith("nanokv.") for method in cache.methods):
+        with tempfile.TemporaryDirectory() as folder:
+            cache.save(Path(folder) / "c")
+            others.append(KVCache.load(Path(folder) / "c", m))
+    more = tiny.ids(30, seed=5)
+    want = tiny.steps(m, cache, more)
+    for other in others:
+        assert torch.equal(tiny.steps(m, other, more), want)
+        assert kept(other) == kept(cache) and other.ledger()["total"] == cache.ledger()["total"]
+
+
+def check_shapes(spec, dtypes=(torch.float32, torch.bfloat16)):
+    """It works with every group size, in 32 and 16 bits, with windows or a reason why not, on the shortest texts."""
+    shapes = [{"G": 1}, {"G": 3, "n_kv_heads": 1}, {"G": 4, "n_kv_heads": 1}, {"windows": (24, None)}]
+    for options, dtype in itertools.product(shapes, dtypes):
+        m = model(**options, dtype=dtype)
+        try:
+            cache = KVCache(m, spec)
+        except NotImplementedError as why:
+            assert "window" in str(why) and "windows" in options
+            continue
+        for n in (1, 2, 37):
             cache.reset()
-            other.reset()
-        else:
-            del cache, other
-        assert not any(t() is not None for t in held)
-    finally:
-        gc.enable()
+            first = tiny.feed(m, cache, tiny.ids(n))
+            assert acts_early(spec) or dtype is not torch.float32 or tiny.rms(first, m(tiny.ids(n), KVCache(m))) < 1e-4
+            assert bool(tiny.steps(m, cache, tiny.ids(30, seed=4)).isfinite().all()) and cache.next_position == [n + 30]
 
 
-@each
-@pytest.mark.parametrize("how", [KVCache.clone, copy.deepcopy, lambda c: pickle.loads(pickle.dumps(c))])
-def test_copies_of_a_cache_go_on_alone(name, how, m, tmp_path):
-    """(f) as the original would have, whatever becomes of it, and can be saved in turn."""
-    cache = KVCache(m, [small(name)])
-    tiny.feed(m, cache, tiny.ids(100), parts(cache, 40))
-    tiny.steps(m, cache, tiny.ids(2))
-    twin, text = how(cache), tiny.ids(9)
-    want = tiny.steps(m, cache, text)
-    assert all(c.parent.layers is twin.layers and c.storage.cache.slots is c.slots for c in twin.layers)
-    del cache
-    assert torch.equal(tiny.steps(m, twin, text), want)
-    twin.save(tmp_path / "twin")
-    loaded = KVCache.load(tmp_path / "twin", m)
-    assert torch.equal(tiny.steps(m, loaded, text), tiny.steps(m, twin, text))
+# Every method
 
 
-# (c) the prompt's own logits do not depend on how it was cut, where the whole prompt is read exactly
+@pytest.mark.parametrize("name", NAMES)
+def test_harmless_parameters_change_nothing(name):
+    check_exact(INFOS[name], model())
 
 
-@each
-@pytest.mark.parametrize("chunk", [1, 7, 33])
-def test_chunked_prefill_equals_one_shot(name, chunk, m):
-    cache, again = KVCache(m, [small(name)]), KVCache(m, [small(name)])
-    if cache.chunk:
-        pytest.skip("reads a prompt in parts of its own, which decide what its tokens see")
-    text = tiny.ids(100)
-    whole = tiny.feed(m, cache, text)
-    assert tiny.rms(whole, tiny.feed(m, KVCache(m), text)) < 1e-5  # compression comes after
-    assert tiny.rms(tiny.feed(m, again, text, chunk), whole) < 1e-5
-    for layer, head in itertools.product((0, 1), (0, 1)):
-        assert torch.equal(cache.live_positions(layer, head), again.live_positions(layer, head))
-    a, b = m(tiny.ids(1), cache), m(tiny.ids(1), again)
-    assert tiny.rms(b, a) < 1e-2  # a code at a rounding edge may flip
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "full"])
+def test_small_parameters_act_and_leave_the_prompt_alone(name):
+    check_acts(SPECS[name], model())
 
 
-# (f) nothing leaks from one text to the next
+@every_method
+def test_attention_is_the_reference_over_what_is_read(spec):
+    check_attention(spec, model())
 
 
-@each
-def test_nothing_leaks_into_the_next_text(name, m):
-    method = small(name)
-    used, fresh = KVCache(m, [method]), KVCache(m, [small(name)])
-    tiny.feed(m, used, tiny.ids(90, seed=5), parts(used, 90))
-    tiny.steps(m, used, tiny.ids(50, seed=6))
-    used.reset()
-    other = KVCache(m, [method])  # the same method object in two caches at once
-    for cache in (used, fresh, other):
-        cache.out = torch.cat(
-            [tiny.feed(m, cache, tiny.ids(90), parts(cache, 90)), tiny.steps(m, cache, tiny.ids(9))], 1
-        )
-    assert torch.equal(used.out, fresh.out) and torch.equal(other.out, fresh.out)
-    assert used.ledger() == fresh.ledger()
+@every_method
+def test_later_tokens_change_nothing_earlier(spec):
+    check_causality(spec, model())
 
 
-# (i) dtypes, group sizes, the shortest prompts
+@every_method
+def test_a_prompt_in_parts_is_the_prompt(spec):
+    check_parts(spec, model())
 
 
-@each
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("G", [1, 3, 4])
-def test_dtypes_and_group_sizes(name, dtype, G):
-    model = tiny.model(G=G, dtype=dtype)
-    cache = KVCache(model, [small(name)])
-    tiny.feed(model, cache, tiny.ids(90), parts(cache, 90))
-    logits = tiny.steps(model, cache, tiny.ids(20))
-    assert logits.dtype == dtype and logits.isfinite().all()
-    k, v = cache.layers[0].read()
-    assert k.dtype == v.dtype == dtype
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "keepkv"])
+def test_a_prompt_in_parts_is_the_prompt_under_sliding_windows(name):
+    check_parts(SPECS[name], model(windows=(30, None)))
 
 
-@each
-@pytest.mark.parametrize("T", [1, 2])
-def test_the_shortest_prompts(name, T, m):
-    cache, full = KVCache(m, [small(name)]), KVCache(m)
-    text = tiny.ids(T + 2)
-    for c in (cache, full):
-        c.out = torch.cat([tiny.feed(m, c, text[:, :T]), tiny.steps(m, c, text[:, T:])], 1)
-    assert cache.out.isfinite().all()
-    if "budget" in ALL[name].parameters:  # larger than the text: nothing may happen
-        assert tiny.rms(cache.out, full.out) < 1e-5
+@every_method
+def test_no_more_lives_than_is_said(spec):
+    check_most(spec, model(n_layers=3))
 
 
-@each
-def test_a_second_prompt_in_the_same_cache(name, m):
-    """Several turns: each prompt is compressed at its end, and decoding goes on."""
-    cache = KVCache(m, [small(name)])
-    for turn in range(3):
-        tiny.feed(m, cache, tiny.ids(60, seed=turn), parts(cache, 60))
-        logits = tiny.steps(m, cache, tiny.ids(20, seed=turn + 9))
-    assert logits.isfinite().all() and cache.next_position == 240
+@every_method
+def test_the_ledger_is_what_is_held(spec):
+    check_ledger(spec, model(dtype=torch.float32))
 
 
-@each
-def test_what_another_method_observes_changes_nothing(name, m):
-    class Look(Policy):
-        name, observes = "look", 64
-
-    alone, beside = KVCache(m, [small(name)]), KVCache(m, [small(name), Look()])
-    for cache in (alone, beside):
-        tiny.feed(m, cache, tiny.ids(150), parts(cache, 150))
-        cache.out = tiny.steps(m, cache, tiny.ids(10))
-    assert torch.equal(alone.out, beside.out)
-    for layer, head in itertools.product(range(2), range(2)):
-        assert torch.equal(alone.live_positions(layer, head), beside.live_positions(layer, head))
+@every_method
+def test_each_sequence_of_a_batch_gets_what_it_gets_alone(spec):
+    check_batches(spec, model())
 
 
-# (j) saved, loaded and cloned caches go on bit by bit as the original does
+@every_method
+def test_a_draft_that_is_accepted_is_so_many_steps(spec):
+    check_drafts(spec, model())
 
 
-@each
-def test_saved_and_cloned_caches_continue_identically(name, m, tmp_path):
-    cache = KVCache(m, [small(name)])
-    text = list(generate(m, cache, tiny.ids(90)[0], 20))
-    cache.save(tmp_path / "c")
-    loaded, clone = KVCache.load(tmp_path / "c", m), cache.clone()
-    assert cache.ledger() == loaded.ledger() == clone.ledger()
-    out = [tiny.steps(m, c, torch.tensor([text]).repeat(1, 4)) for c in (cache, loaded, clone)]
-    assert torch.equal(out[0], out[1]) and torch.equal(out[0], out[2])
+@every_method
+def test_saved_and_cloned_caches_go_on_bit_by_bit(spec):
+    check_copies(spec, model(dtype=torch.float32))
 
 
-# batches
+@every_method
+def test_models_of_other_shapes_and_short_texts(spec):
+    check_shapes(spec)
 
 
-@each
-def test_a_batch_equals_its_sequences_one_by_one(name, m):
-    prompts = [tiny.ids(n, seed=n)[0].tolist() for n in (90, 61, 90, 5)]
-    if not small(name).padded:
-        with pytest.raises(NotImplementedError, match="equal length"):
-            next(generate_batch(m, KVCache(m, [small(name)]), prompts, 2))
-        prompts = [tiny.ids(90, seed=n)[0].tolist() for n in range(3)]
-    together = list(zip(*generate_batch(m, KVCache(m, [small(name)]), prompts, 40), strict=True))
-    for prompt, got in zip(prompts, together, strict=True):
-        assert list(got) == list(generate(m, KVCache(m, [small(name)]), prompt, 40))
+# Combinations
 
 
-# the form of a method file
+def combinations() -> list[str]:
+    """Return specs of two to four methods of different kinds: each pair of kinds, and whole chains."""
+    by = {k: [n for n in NAMES if INFOS[n].kind == k and n != "full"] for k in ("policy", "plan", "basis", "storage")}
+    out = [list(itertools.product(by[a], by[b])) for a, b in itertools.combinations(by, 2)]
+    out += [list(itertools.combinations(by["policy"], 2)), list(itertools.combinations(by["plan"], 2))]
+    out += [[(policy, "adakv", "pca", "kivi") for policy in by["policy"]]]
+    if not os.environ.get("NANOKV_ALL"):
+        rng = random.Random(datetime.date.today().isoformat())
+        out = [rng.sample(group, min(3, len(group))) for group in out]
+    return ["+".join(SPECS[name] for name in names) for group in out for names in group]
 
 
-@each
-def test_the_form_of_a_method_file(name):
-    info = ALL[name]
-    file = Path(inspect.getfile(info.cls))
-    assert (Path(__file__).parent / f"test_{name}.py").exists(), "a method has tests of its own"
-    assert info.cls.__doc__ and info.header.splitlines()[0].endswith(".")
-    code = [x for x in file.read_text().split('"""', 2)[2].splitlines() if x.strip() and not x.strip().startswith("#")]
-    assert len(code) < 100
-    for param, default in info.parameters.items():
-        assert default is not inspect.Parameter.empty, f"{param} has no default"
+@pytest.mark.parametrize("spec", combinations())
+def test_combinations_keep_the_promises(spec):
+    m, texts = model(), [tiny.ids(n, seed=n)[0].tolist() for n in (80, 33)]
+    try:
+        cache = KVCache(m, spec)
+    except (NotImplementedError, ValueError) as why:
+        assert str(why) and "\n" not in str(why)
+        return
+    got = list(zip(*generate_batch(m, cache, texts, 16), strict=True))
+    for b, text in enumerate(texts):
+        assert list(got[b]) == list(generate(m, KVCache(m, spec), text, 16))
+    if not cache.chunk:
+        assert list(generate(m, KVCache(m, spec), texts[0], 16, chunk=21)) == list(got[0])
+    row = cache.ledger()["total"]
+    assert sum(row[p] for p in PARTS) == row["held"]
+    check_drafts(spec, m)
 
 
-@each
-def test_bad_parameters_are_refused_by_name(name):
-    for param, default in ALL[name].parameters.items():
-        if isinstance(default, int) and not isinstance(default, bool):
-            with pytest.raises(ValueError, match=param):
-                ALL[name](**{param: -1})
-        with pytest.raises(ValueError, match=param):
-            ALL[name](**{param: [1]})
-    if "budget" in ALL[name].parameters:
-        with pytest.raises(ValueError, match="budget"):
-            ALL[name](budget=0)
+# The checks themselves: a method with one fault fails the check that is made for it
 
 
-# (k) a prompt's beginning may be taken over from a full cache, unless the method says that it looks at it
-
-
-@each
-def test_a_method_that_adopts_a_prompt_ends_like_one_that_read_it(name, m):
-    text, method = tiny.ids(120), small(name)
-    base, mine, whole = KVCache(m), KVCache(m, [method]), KVCache(m, [small(name)])
-    with base.prompt(120):
-        m(text[:, :60], base)
-        with mine.prompt(60):
-            if method.early or mine.renumbers:
-                with pytest.raises(NotImplementedError, match="from its beginning"):
-                    mine.adopt(base)
-                mine._prompt_left = base._prompt_left = 0
-                return
-            mine.adopt(base)
-            got = m(text[:, 60:], mine)
-        m(text[:, 60:], base)
-    with whole.prompt(120):
-        m(text[:, :60], whole)
-        want = m(text[:, 60:], whole)
-    assert tiny.rms(got, want) < 1e-5
-    for layer, head in itertools.product((0, 1), (0, 1)):
-        assert torch.equal(mine.live_positions(layer, head), whole.live_positions(layer, head))
-    assert mine.ledger()["total"]["held"] == whole.ledger()["total"]["held"]
-    a, b = m(tiny.ids(1), mine), m(tiny.ids(1), whole)
-    assert tiny.rms(a, b) < 1e-5
+@pytest.mark.parametrize(
+    "check, faulty",
+    [
+        (check_acts, "Sleeps"),
+        (check_acts, "Forgets"),
+        (check_attention, "Rounds"),
+        (check_causality, "Peeks"),
+        (check_parts, "CountsParts"),
+        (check_most, "Boasts"),
+        (check_ledger, "Hides"),
+        (check_batches, "Mixes"),
+        (check_drafts, "Promises"),
+        (check_copies, "Remembers"),
+    ],
+)
+def test_a_faulty_method_fails(check, faulty):
+    method = getattr(methods_for_tests, faulty)()
+    m = model(dtype=torch.float32) if check is check_ledger else model()
+    with pytest.raises(AssertionError):
+        check(method, m)
+    assert isinstance(method, Policy) or faulty in ("Rounds", "Hides")

@@ -165,6 +165,20 @@ def test_what_is_no_prompt_is_refused():
         next(generate(m, KVCache(m), [1], 1, chunk=0))
 
 
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0}, {"repetition_penalty": 1.2}])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_numbers_that_are_none_end_the_text_in_words(options, bad):
+    m = tiny.model(dtype=torch.bfloat16)
+    texts = generate(m, KVCache(m), tiny.ids(9)[0], 20, **options)
+    next(texts)
+    m.lm_head.weight[7] = bad
+    with pytest.raises(FloatingPointError, match="logits for the next token are not finite in bfloat16"):
+        next(texts)
+    batch = engine.generate_batch(m, KVCache(m), [[1, 2], [3]], 1, **options)
+    with pytest.raises(FloatingPointError, match="of text 0 are not finite"):
+        next(batch)
+
+
 def test_no_new_tokens_means_reading_the_prompt():
     m = tiny.model()
     cache = KVCache(m)

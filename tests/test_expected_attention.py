@@ -1,6 +1,5 @@
 """Expected Attention: the closed form, the moments of a prompt's queries, and which entries they keep."""
 
-import contextlib
 import itertools
 import math
 from functools import lru_cache
@@ -9,30 +8,29 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
-from windowed import Drop, best, kept, run
+from windowed import Drop, best, held, kept, read_exactly, rows, run, within_budget_is_full
 
 from nanokv import KVCache, generate
-from nanokv.cache import Policy, top
+from nanokv.method import Policy
 from nanokv.methods.expected_attention import ExpectedAttention, log_attention
 
 
 class Look(Policy):
     """Note, at the end of a prompt read in one pass, what each KV head holds and the queries before rotation."""
 
-    name = "look"
-
     def __init__(self):
         self.heads = {}
 
-    def __call__(self, cache, q, pos):
-        if cache.phase == "last":
-            (k, v), Hkv = cache.read(), cache.config.n_kv_heads
-            token, live = (t.expand(cache.B, Hkv, -1) for t in (cache.token, cache.live))
-            for b, h in itertools.product(range(cache.B), range(Hkv)):
-                here, G = live[b, h], cache.config.group
-                kv = k[b, h, here].double(), v[b, h, here].double()
-                mine = q[b, h * G : h * G + G, pos[b] >= 0].double()
-                self.heads[cache.layer, h, b] = token[b, h, here].tolist(), *kv, mine, pos[b, pos[b] >= 0]
+    def after_part(self, cache, q, pos):
+        if cache.phase != "last":
+            return
+        v = cache.read()[1].double()
+        queries = cache.unrotated.unflatten(1, (cache.config.n_kv_heads, -1)).double()  # (B, Hkv, G, T, D)
+        for b in range(cache.B):
+            live, real = cache.live.expand(cache.B, cache.config.n_kv_heads, -1)[b], pos[b] >= 0
+            for h, (tokens, k) in enumerate(rows(cache, b)):
+                mine = queries[b, h][:, real], pos[b, real]
+                self.heads[cache.layer, h, b] = tokens, k.double(), v[b, h, live[h]], *mine
 
 
 @lru_cache
@@ -65,7 +63,7 @@ def scores(method, tokens, k, v, q, pos):
 
 def want(method, tokens, *rest):
     """Return the set that `method` is to keep of these entries."""
-    must = {*tokens[: method.n_sink], *(tokens[-method.window :] if method.window else [])}
+    must = {*tokens[: method.n_sink], *(tokens[-method.n_recent :] if method.n_recent else [])}
     s = scores(method, tokens, *rest)
     return must | best({t: x for t, x in s.items() if t not in must}, method.budget - len(must))
 
@@ -80,35 +78,30 @@ def agree(mine, theirs, method, heard):
         assert max(tied) < min(tied) * (1 + 1e-5)
 
 
-def cut(method, k, v, mean, cov):
-    """Return which entries (n, D) of one KV head `method` keeps for queries of these moments."""
-    got, rank = [], torch.arange(len(k)).view(1, 1, -1)
-    fake = SimpleNamespace(read=lambda: (k[None, None], v[None, None]), rank=rank,
-                           keep_best=lambda *best: got.extend(best))  # fmt: skip
-    method._cut(fake, mean.view(1, 1, 1, 1, -1), cov[None, None, None])
-    score, n, first, last = got
-    among = (rank >= first) & (rank < len(k) - last)
-    stay = top(score, among.sum(-1, keepdim=True) + n - len(k), among) | ~among
-    return set(stay[0, 0].nonzero().flatten().tolist())
+MEAN, COV = torch.tensor([1.0, 0.0]), torch.diag(torch.tensor([0.0, 2.0]))
 
 
-@pytest.mark.parametrize("options, order", [
-    ({}, [1, 0, 2]),  # e = .434, .353, .214, times 1, 2, 1
-    ({"use_vnorm": False}, [0, 1, 2]),
-    ({"use_covariance": False}, [1, 0, 2]),  # z = .707, 0, 0: e = .504, .248, .248, times 1, 2, 1: .504, .497
-    ({"epsilon": 10.0}, [1, 0, 2]),
+class Told(ExpectedAttention):
+    """Let queries be of MEAN and COV, without a rotation."""
+
+    def _ahead(self, cache):
+        return MEAN.view(1, 1, 1, 1, 2), COV.view(1, 1, 1, 2, 2)
+
+
+@pytest.mark.parametrize("options, values", [
+    ({}, [0.434, 0.705, 0.214]),  # e = .434, .353, .214, times 1, 2, 1
+    ({"use_vnorm": False}, [0.434, 0.353, 0.214]),
+    ({"use_covariance": False}, [0.504, 0.497, 0.248]),  # z = .707, 0, 0
+    ({"epsilon": 10.0}, [10.434, 20.705, 10.214]),
 ], ids=str)  # fmt: skip
-def test_a_small_example(options, order):
+def test_a_small_example(options, values):
     k, v = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]]), torch.tensor([[1.0, 0.0], [0.0, 2.0], [1.0, 0.0]])
-    mean, cov = torch.tensor([1.0, 0.0]), torch.diag(torch.tensor([0.0, 2.0]))
-    z = log_attention(k, mean[None], cov)
+    z = log_attention(k, MEAN[None], COV)
     assert z.tolist() == pytest.approx([0.7071, 0.5, 0.0], abs=1e-4)
     assert z.softmax(-1).tolist() == pytest.approx([0.434, 0.353, 0.214], abs=1e-3)
-    if options == {"use_covariance": False}:
-        order = [0, 1, 2]
-    for n in (1, 2):
-        method = ExpectedAttention(budget=n, n_sink=0, window=0, **options)
-        assert cut(method, k, v, mean, cov) == set(order[:n])
+    fake = SimpleNamespace(read=lambda: (k[None, None], v[None, None]), rank=torch.arange(3).view(1, 1, -1))
+    score = Told(n_sink=0, **options).score(fake, None, None)
+    assert score.flatten().tolist() == pytest.approx(values, abs=1.5e-3)
 
 
 # Turns red when the covariance term is missing or has another factor, or when D is not under the root.
@@ -141,6 +134,7 @@ def test_the_kept_sets_equal_a_naive_computation(G, options):
     cache = run(m, [look, method], tiny.ids(150, batch=2))
     for (i, h, b), heard in look.heads.items():
         agree(kept(cache, b)[i, h], want(method, *heard), method, heard)
+    assert len(look.heads) == 8
 
 
 def test_the_mean_of_groups_comes_after_the_softmax():
@@ -153,35 +147,25 @@ def test_the_mean_of_groups_comes_after_the_softmax():
         assert kept(cache)[0, h] == want(method, *heard)
 
 
-@pytest.mark.parametrize("chunk", [1, 3, 7, 33, 149])
-def test_chunks_do_not_change_what_is_kept(chunk):
-    m, text = tiny.model(), tiny.ids(150, batch=2)
-    one, parts = (KVCache(m, "expected_attention(budget=40,window=8)") for _ in "ab")
-    tiny.feed(m, one, text)
-    tiny.feed(m, parts, text, chunk)
-    assert kept(one) == kept(parts) and kept(one, 1) == kept(parts, 1)
-    assert not any(c.notes for c in (*one.layers, *parts.layers))  # moments live no longer than a prompt
-
-
 @pytest.mark.parametrize("chunk", [1, 7, 60])
 def test_the_moments_are_those_of_all_queries_after_the_sinks(chunk):
     m, look, seen = tiny.model(n_layers=1), Look(), {}
     run(m, [look], tiny.ids(60))
 
     class Mine(ExpectedAttention):
-        def _ahead(self, cache, pos, *moments):
-            seen["moments"] = moments
-            return super()._ahead(cache, pos, *moments)
+        def _ahead(self, cache):
+            seen.update(cache.notes)
+            return super()._ahead(cache)
 
-    cache = KVCache(m, [Mine(budget=20, n_sink=5)])
-    tiny.feed(m, cache, tiny.ids(60), chunk)
+    cache = run(m, [Mine(budget=20, n_sink=5)], tiny.ids(60), chunk=chunk)
+    assert not cache.layers[0].notes  # they live no longer than a prompt
+    assert seen["queries"].flatten().tolist() == [55.0]
     for h in (0, 1):
         q = look.heads[0, h, 0][3][:, 5:]  # (G, 55, D)
-        n, mean, scatter = seen["moments"]
-        assert n.flatten().tolist() == [55.0]
         # the model computes queries in fp32, in batches of another size: 1e-6 of their size
         off = q - q.mean(1, keepdim=True)
-        assert tiny.rms(mean[0, h, :, 0], q.mean(1)) < 1e-5 and tiny.rms(scatter[0, h], off.mT @ off) < 1e-5
+        assert tiny.rms(seen["mean"][0, h, :, 0], q.mean(1)) < 1e-5
+        assert tiny.rms(seen["scatter"][0, h], off.mT @ off) < 1e-5
 
 
 def test_hidden_entries_and_padding_do_not_count():
@@ -191,11 +175,9 @@ def test_hidden_entries_and_padding_do_not_count():
     for key, tokens in kept(cache).items():
         assert tokens == want(method, *look.heads[(*key, 0)])
         assert {0, 2, 56, 57, 58, 59} <= tokens and not tokens & {1, 8, 9}
-    cache, text = KVCache(m, "expected_attention(budget=20,window=4)"), tiny.ids(60, batch=4)
-    pads = [0, 25, 50, 57]
-    with cache.prompt(60, pads=pads):
-        m(text[:, :30], cache)
-        m(text[:, 30:], cache)
+    text, pads = tiny.ids(60, batch=4), [0, 25, 50, 57]
+    padded = torch.where(torch.arange(60) < torch.tensor(pads)[:, None], -1, text)
+    cache = run(m, "expected_attention(budget=20,window=4)", padded, chunk=30)
     for b, n in enumerate(pads):
         assert kept(cache, b) == kept(run(m, "expected_attention(budget=20,window=4)", text[b : b + 1, n:]))
 
@@ -214,35 +196,34 @@ def test_a_second_prompt_is_judged_by_its_own_queries():
 @pytest.mark.parametrize("T", [1, 2, 9, 40, 41, 90])
 @pytest.mark.parametrize("budget", [4, 5, 20, 40])
 def test_counts_ends_and_prompt_logits(T, budget):
-    m, text = tiny.model(), tiny.ids(T)
-    cache = KVCache(m, f"expected_attention(budget={budget})")
-    assert torch.equal(tiny.feed(m, cache, text), m(text, KVCache(m)))  # the prompt is read exactly
-    before, ends = kept(cache), {*range(min(4, T)), *range(max(0, T - min(32, budget - 4)), T)}
-    assert all(len(t) == min(T, budget) and t >= ends for t in before.values())
-    tiny.steps(m, cache, tiny.ids(7))
-    assert kept(cache) == {key: tokens | set(range(T, T + 7)) for key, tokens in before.items()}
-    tiny.feed(m, cache, tiny.ids(60))
-    assert cache.layers[1].counts == [min(T + 67, budget)] * 2
+    before = read_exactly(tiny.model(), f"expected_attention(budget={budget})", budget, False, T)
+    ends = {*range(min(4, T)), *range(max(0, T - min(32, budget - 4)), T)}
+    assert all(tokens >= ends for tokens in before.values())
+
+
+def test_a_budget_that_is_never_reached_changes_no_bit():
+    within_budget_is_full(tiny.model(), "expected_attention(budget=60)", 60, 9)
 
 
 def test_where_positions_are_renumbered_they_count_from_the_cache():
-    m, look, method = tiny.model(n_layers=1), Look(), ExpectedAttention(budget=30, window=8, n_future=9)
-    cache, plain = KVCache(m, ["streamingllm(budget=400)", look, method]), run(m, [method], tiny.ids(90))
-    tiny.feed(m, cache, tiny.ids(90))
+    m, method = tiny.model(n_layers=1), ExpectedAttention(budget=30, window=8, n_future=9)
+    cache, plain = (run(m, [*first, method], tiny.ids(90)) for first in (["streamingllm(budget=400)"], []))
     assert cache.renumbers and kept(cache) == kept(plain)
-    cache = KVCache(m, ["streamingllm(budget=60)", method])
-    tiny.feed(m, cache, tiny.ids(200), cache.chunk)
-    assert tiny.steps(m, cache, tiny.ids(40)).isfinite().all()
+    look = Look()
+    cache = run(m, ["streamingllm(budget=60)", look, method], tiny.ids(200), steps=40)
+    tiny.feed(m, cache, tiny.ids(14, seed=3))
+    for key, tokens in kept(cache).items():
+        heard = look.heads[(*key, 0)]
+        assert heard[4].tolist() == list(range(46, 60)) and tokens == want(method, *heard)
 
 
 def test_a_clone_in_the_middle_of_a_prompt_goes_on_alike():
     m, text = tiny.model(), tiny.ids(90)
     cache = KVCache(m, "expected_attention(budget=40,window=8)")
-    with cache.prompt(90):
-        m(text[:, :50], cache)
-        clone = cache.clone()
-        m(text[:, 50:], cache)
-        m(text[:, 50:], clone)
+    m(text[:, :50], cache, "prompt")
+    clone = cache.clone()
+    m(text[:, 50:], cache, "last")
+    m(text[:, 50:], clone, "last")
     assert kept(cache) == kept(clone) == kept(run(m, "expected_attention(budget=40,window=8)", text))
 
 
@@ -250,7 +231,16 @@ def test_bytes_are_those_of_the_header():
     m = tiny.model(context=1024)
     cache = KVCache(m, "expected_attention(budget=320)")
     list(generate(m, cache, tiny.ids(600)[0], 1))
-    assert cache.nbytes == 2 * (320 + 20) * 2 * (2 * 32 * 4 + 4)
+    assert held(cache) == 2 * (320 + 20) * 2 * (2 * 32 * 4 + 4)
+
+
+def test_the_ledger_counts_the_moments_while_a_prompt_is_read():
+    m, caches = tiny.model(), []
+    for spec in ("full", "expected_attention(budget=40)"):
+        caches.append(KVCache(m, spec))
+        m(tiny.ids(60), caches[-1], "prompt")
+    # per layer in fp64: the number of queries; per query head a mean of D and a scatter of D * D
+    assert held(caches[1]) - held(caches[0]) == 2 * 8 * (1 + 6 * 32 + 6 * 32 * 32)
 
 
 @pytest.mark.parametrize("G", [1, 3, 4])
@@ -265,25 +255,16 @@ def test_the_kept_sets_are_those_of_kvpress(G, T, ratio, options):
     from test_kvpress import budget, pressed
 
     m, text, look = tiny.model(G=G), tiny.ids(T), Look()
-    method = ExpectedAttention(budget=budget(T, ratio), window=0, **({"n_future": 512} | options))
+    method = ExpectedAttention(budget=budget(T, ratio), window=0, **options)
     mine = kept(run(m, [look, method], text))
     for key, theirs in pressed(m, kvpress.ExpectedAttentionPress(compression_ratio=ratio, **options), text).items():
         agree(mine[key], theirs, method, look.heads[(*key, 0)])
 
 
 @pytest.mark.parametrize("bad", [
-    {"budget": 0}, {"budget": 3}, {"n_future": 0}, {"n_sink": -1}, {"window": -1}, {"epsilon": -0.1},
+    {"budget": 0}, {"budget": 3}, {"n_future": 0}, {"n_future": 10**19}, {"n_sink": -1}, {"window": -1},
+    {"epsilon": -0.1}, {"epsilon": float("inf")},
 ], ids=str)  # fmt: skip
 def test_bad_parameters_are_refused(bad):
     with pytest.raises(ValueError, match=f"expected_attention: {next(iter(bad))} must be"):
         ExpectedAttention(**bad)
-
-
-def test_the_ledger_counts_the_moments_while_a_prompt_is_read():
-    m, caches = tiny.model(), []
-    for spec in ("full", "expected_attention(budget=40)"):
-        caches.append(KVCache(m, spec))
-        with contextlib.suppress(ValueError), caches[-1].prompt(100):  # not all of it comes
-            m(tiny.ids(60), caches[-1])
-    moments = [t for layer in caches[1].layers for t in layer.notes["moments"] if isinstance(t, torch.Tensor)]
-    assert moments and caches[1].nbytes - caches[0].nbytes == sum(t.untyped_storage().nbytes() for t in moments)

@@ -19,10 +19,10 @@ from safetensors.torch import save_file
 
 import generate
 import weights
-from nanokv import KVCache, engine, kernels, show
+from nanokv import KVCache, engine, fast_cpu, kernels, show
 from nanokv import cli as command
 from nanokv.chat import Conversation
-from nanokv.methods import available, find
+from nanokv.methods import available, find, parse
 
 ROOT = Path(__file__).parent.parent
 CONTEXT = 96
@@ -113,6 +113,15 @@ def expected(loaded, prompt, spec="full", raw=False, n=12, **options):
 
 
 # ---------------------------------------------------------------------------------------------------------- the text
+
+
+def test_the_lesson_makes_the_same_text(loaded, monkeypatch, capfd):
+    monkeypatch.setattr(weights, "load", lambda name: loaded)
+    text, cache = expected(loaded, "the quick brown fox", "kivi(residual=32)")
+    ledger = generate.lesson("the quick brown fox", "kivi(residual=32)", 12)
+    assert ledger == cache.ledger()["total"]
+    said = f"{text}\n{cache.nbytes:,} bytes held, where a full cache has {ledger['full']:,}\n"
+    assert capfd.readouterr().out == said
 
 
 def test_stdout_is_the_text_and_nothing_else(cli, loaded):
@@ -373,7 +382,8 @@ def test_flags_change_the_method(cli, loaded):
     flags = ["--budget", 16, "--n_sink", 2, "--bits", 4, "--residual", 32]
     code, out, err = cli("--method", "streamingllm+kivi", *flags)
     assert out == text and rows(err)["cache held"] == show.size(cache.nbytes)
-    shown = "streamingllm(budget=16, n_sink=2, reindex=True)+kivi(bits=4, bits_k=0, bits_v=0, group=32, n_sink=2, residual=32, block=1)"
+    shown = "streamingllm(budget=16, n_sink=2, reindex=True)"
+    shown += "+kivi(bits=4, bits_k=0, bits_v=0, group=32, n_sink=2, residual=32, block=1)"
     assert rows(err)["method"].replace(" ", "") == shown.replace(" ", "")
     assert cli("--method", spec)[1] == text
 
@@ -448,7 +458,8 @@ def test_a_new_method_file_is_all_it_takes(invented, cli, refused, capfd):
 
 @pytest.mark.parametrize("n, ratio, budget", [(10, 0.25, 3), (9, 0.5, 5), (10, 0.04, 1), (10, 1, 10), (3, 0.1, 1)])
 def test_ratio_rounds_as_documented(n, ratio, budget):
-    assert command.budget(ratio, n) == budget == max(1, int(ratio * n + 0.5))
+    (method,) = parse(f"h2o(ratio={ratio})", n)
+    assert method.budget == budget == max(1, int(ratio * n + 0.5))
 
 
 def test_ratio_is_a_budget(cli, loaded):
@@ -458,6 +469,26 @@ def test_ratio_is_a_budget(cli, loaded):
     assert out == cli("--method", "streamingllm+kivi", "--budget", n // 2)[1]
     table = rows(cli("--method", "streamingllm(budget=9)+streamingllm", "--ratio", "1")[2])["method"].replace(" ", "")
     assert "budget=9," in table and f"budget={n}," in table
+    inside = cli("--method", "streamingllm(ratio=0.5)+kivi")
+    assert inside[0] == 0 and inside[1] == out
+    table = rows(cli("--method", "h2o(ratio=0.25)+streamingllm", "--ratio", "0.5")[2])["method"].replace(" ", "")
+    assert "h2o(budget=9," in table and "streamingllm(budget=18," in table
+
+
+@pytest.mark.parametrize("method, shown", [
+    ("adakv", "snapkv(budget=9,window=4,kernel=7,pooling='max',reduce='mean')+adakv(alpha=0.3)"),
+    ("snapkv+adakv", "snapkv(budget=9,window=4,kernel=7,pooling='max',reduce='mean')+adakv(alpha=0.3)"),
+    ("adakv+snapkv", "adakv(alpha=0.3)+snapkv(budget=9,window=4,kernel=7,pooling='max',reduce='mean')"),
+])  # fmt: skip
+def test_flags_reach_the_policy_that_a_plan_brings_or_the_one_beside_it(cli, refused, method, shown):
+    flags = "--window", 4, "--alpha", 0.3
+    for size in (("--budget", 9), ("--ratio", 0.25)):
+        code, out, err = cli("--method", method, *flags, *size)
+        assert code == 0 and rows(err)["method"].replace(" ", "") == shown
+    refused("--method", method, "--budget", 0, words="snapkv: budget must be at least")
+    refused(
+        "--method", "h2o+adakv", "--kernel", 3, words=["--kernel is no parameter of h2o+adakv", "adakv has --alpha"]
+    )
 
 
 def test_ratio_is_refused(refused):
@@ -481,6 +512,10 @@ def test_ratio_is_refused(refused):
         (["--method", "kivi(bits=2or 1)"], "cannot read"),
         (["--method", "kivi+full"], ["kivi and full", "storages"]),
         (["--method", "kivi(bitz=2)"], ["no parameter 'bitz'", "bits, bits_k, bits_v, group"]),
+        (["--method", "kivi(self=1)"], "no parameter 'self'"),
+        (["--method", "h2o(recent=1e999)"], ["h2o: recent must be", "got inf"]),
+        (["--method", "cake(gamma=1e999)"], ["cake: gamma must be", "got inf"]),
+        (["--method", "\x1b[31m" + "+" * 100_000], "unknown method '\\x1b[31m+++"),
         (["--method", "kivi", "--bits", "9"], "bits must be one of 1, 2, 3, 4, 5, 6, 7, 8, got 9"),
         (["--method", "kivi", "--bits", "two"], "bits must be a whole number, got 'two'"),
         (["--method", "kivi", "--bits", "2or"], "bits must be a whole number, got '2or'"),
@@ -516,6 +551,11 @@ def test_ratio_is_refused(refused):
         (["--seed", str(2**63)], "--seed"),
         (["--stop", ""], "--stop must not be empty"),
         (["--raw", "--system", "x"], ["--system", "--raw"]),
+        (["--load-cache", "x", "--system", "x"], "--system stands before a text"),
+        (["--save-cache", ""], "needs a name"),
+        (["--compile", "--method", "kivi"], "with the method full"),
+        (["--compile", "--compare"], "--compile is for one text"),
+        (["--compile", "--backend", "torch"], "--backend auto only"),
         (["--dtype", "int4"], ["int4", "bfloat16"]),
         (["--device", "tpu"], ["tpu", "cpu"]),
         (["--device", "cuda:99"], "cuda:99"),
@@ -790,27 +830,138 @@ def test_a_method_in_a_file_has_flags_too(cli, tmp_path):
     (["--load-cache", "nowhere"], "nowhere"),
     (["--load-cache", "{damaged}"], "damaged"),
     (["--load-cache", "{damaged}", "--method", "kivi"], "brings its own method"),
-    (["--load-cache", "{damaged}", "--compare"], "--compare needs the whole text"),
+    (["--load-cache", "{damaged}", "--compare"], "damaged"),
     (["--save-cache", "no/such/folder/x"], "cannot write"),
     (["--save-cache", "{folder}"], "cannot write"),
+    (["--save-cache", "{pipe}"], "there is something that is no file"),
+    (["--method", "{leaver}"], "cannot load the method"),
     (["--chat", "--json"], "--chat does not go with"),
     (["--method", "{damaged}.py"], "cannot load the method"),
 ])  # fmt: skip
 def test_these_are_refused_in_one_line(cli, tmp_path, argv, words):
     (tmp_path / "damaged").write_bytes(b"x" * 999)
-    names = {"damaged": tmp_path / "damaged", "folder": tmp_path}
+    names = {"damaged": tmp_path / "damaged", "folder": tmp_path, "pipe": tmp_path / "pipe"}
+    os.mkfifo(names["pipe"])
+    names["leaver"] = tmp_path / "leaver.py"
+    names["leaver"].write_text("raise SystemExit(0)")
     code, out, err = cli(*(a.format(**names) for a in argv))
     assert code == 2 and out == "" and len(err.splitlines()) == 1 and words in err
 
 
-@pytest.mark.parametrize(
-    "backend,words", [("nonsense", "auto, torch, triton, both"), ("triton", "need a GPU"), ("both", "need a GPU")]
-)
+@pytest.mark.parametrize("backend,words", [("nonsense", "auto, torch, triton, both"), ("triton", "need a GPU")])
 def test_a_backend_that_is_not_there_is_refused_in_one_line(cli, backend, words, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     code, out, err = cli("--backend", backend)
     assert code == 2 and words in err and len(err.strip().splitlines()) == 1 and not out
     assert kernels.backend() == "auto"  # as it was
+
+
+@pytest.mark.parametrize("method", ["full", "kivi(residual=32)", "h2o(budget=12)"])
+def test_both_tells_how_far_the_fast_way_is_from_the_readable_text(cli, method, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    code, out, err = cli("--backend", "both", "--method", method, "--ignore-eos")
+    most, parts = re.fullmatch(r"by at most (\S+) \(per layer: (.*)\)", rows(err)["backends differ"]).groups()
+    assert code == 0 and len(parts.split()) == 2 and float(most) == max(map(float, parts.split())) < 1e-5
+    assert out == cli("--backend", "torch", "--method", method, "--ignore-eos")[1]
+
+
+def test_a_wrong_fast_way_is_seen(cli, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    plain = fast_cpu.on_codes
+    monkeypatch.setattr(fast_cpu, "on_codes", lambda *args: plain(*args) + 0.5)
+    err = cli("--backend", "both", "--method", "kivi(residual=32)", "--ignore-eos")[2]
+    assert rows(err)["backends differ"].startswith("by at most 5.0e-01")
+
+
+def test_compiled_steps_are_asked_for_and_timed(cli, monkeypatch):
+    asked = []
+
+    def compiled(model, cache, most):
+        asked.append((cache.spec, most))
+
+        def reader(ids, *args, **options):
+            if ids.shape[1] == 1 and reader.told:
+                reader.told(0.0)
+                reader.told = None
+            return model(ids, *args, **options)
+
+        for name in ("config", "embed_tokens"):
+            setattr(reader, name, getattr(model, name))
+        return reader
+
+    monkeypatch.setattr(fast_cpu, "compiled", compiled)
+    code, out, err = cli("--compile", "--ignore-eos")
+    assert code == 0 and out == cli("--ignore-eos")[1]
+    assert asked == [("full", len("[user]the quick brown fox[assistant]") + 12)]
+    assert "the first step is being compiled" in err and rows(err)["compiled"].startswith("in 0.0 s")
+
+
+@pytest.mark.slow  # it compiles
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_compiled_steps_make_the_same_text(cli, dtype):
+    flags = "--ignore-eos", "--dtype", dtype
+    code, out, err = cli(*flags, "--compile")
+    assert code == 0 and out == cli(*flags)[1]
+    assert float(rows(err)["compiled"].split()[1]) > 0
+
+
+def test_compiling_needs_a_compiler(folder, tmp_path):
+    env = os.environ | {"CXX": "/nowhere", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    child = start("--model", folder, "--compile", "--prompt", "abc", "--max-new-tokens", 8, env=env)
+    _, err = child.communicate(timeout=120)
+    assert child.returncode == 2 and b"error: --compile needs a C++ compiler" in err and b"Traceback" not in err
+
+
+def test_what_compiling_does_not_cover_is_refused_in_words(refused):
+    words = "texts within the model's context of 96 tokens only"
+    refused("--compile", "--max-new-tokens", 90, words=words, loads=True)
+
+
+def test_a_policy_that_had_nothing_to_do_says_so(cli):
+    err = cli("--method", "snapkv", "--ignore-eos")[2]
+    assert "snapkv(budget=512) forgot nothing: 47 tokens; try --ratio 0.25" in err
+    assert "forgot nothing" not in cli("--method", "snapkv", "--ratio", 0.25, "--window", 4)[2]
+    assert "forgot nothing" not in cli()[2]
+
+
+def test_numbers_that_are_none_are_one_line(refused, loaded, monkeypatch):
+    model, tokenizer = loaded
+    broken = tiny.model(context=CONTEXT)
+    broken.lm_head.weight[7] = float("nan")
+    monkeypatch.setattr(weights, "load", lambda *args: (broken, tokenizer))
+    for more in ((), ("--temperature", 1)):
+        refused(*more, words="logits for the next token are not finite in float32", loads=True)
+
+
+def test_a_conversation_goes_on_after_what_cannot_be_done(monkeypatch, capfd, folder, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    lines = [
+        "the fox",
+        "\udcff\udcfe",
+        "/save ",
+        "/save a\0b",
+        "/save no/such/x",
+        f"/save {tmp_path / 'pipe'}",
+        "again",
+    ]
+    code, out, err = chat(monkeypatch, capfd, folder, lines)
+    assert code == 0 and out == chat(monkeypatch, capfd, folder, ["the fox", "again"])[1]
+    assert "not valid UTF-8" in err and "needs a name" in err and "no/such/x" in err and "is no file" in err
+    monkeypatch.setattr(command, "MAX_PROMPT", 64)
+    code, out, err = chat(monkeypatch, capfd, folder, ["the fox", "x" * 1000, "again"])
+    assert code == 0 and len(out.splitlines()) == 2 and "that line is longer" in err
+
+
+def test_a_reply_that_a_full_context_cuts_off_says_so(monkeypatch, capfd, folder):
+    code, out, err = chat(monkeypatch, capfd, folder, ["the fox"], "--max-new-tokens", 500, "--ignore-eos")
+    assert code == 0 and "the model's context of 96 tokens is full; /reset begins anew" in err
+
+
+def test_a_loaded_cache_can_be_compared(cli, tmp_path):
+    for method, same in (("full", True), ("streamingllm(budget=6, n_sink=1)", False)):
+        cli("--method", method, "--save-cache", tmp_path / "c", "--ignore-eos")
+        code, out, err = cli("--load-cache", tmp_path / "c", "--compare", prompt="on")
+        assert code == 0 and rows(err)["against full"].startswith("KL 0.0000 nats") == same
 
 
 def test_the_table_says_what_decoded(cli):

@@ -1,34 +1,27 @@
 """Key norms: the shortest keys stay, whatever the values, the queries and the positions are."""
 
-import itertools
-
 import pytest
 import tiny
 import torch
-from windowed import Drop, best, kept, run
+from windowed import Drop, best, held, kept, read_exactly, rows, run, within_budget_is_full
 
 from nanokv import KVCache, generate
-from nanokv.cache import LayerCache, Policy
+from nanokv.layer import LayerCache
+from nanokv.method import Policy
 from nanokv.methods.knorm import Knorm
 
 
 class Norms(Policy):
-    """Note {token: -norm} of each KV head at the end of a prompt, computed in fp64 from the cache's keys."""
-
-    name = "norms"
+    """Note {token: -norm} of each KV head at the end of a prompt, in fp64: {(layer, head, sequence): ...}."""
 
     def __init__(self):
         self.heads = {}
 
-    def __call__(self, cache, q, pos):
-        if cache.phase == "last":
-            k, heads = cache.read()[0].double(), cache.config.n_kv_heads
-            token, live = (t.expand(cache.B, heads, -1) for t in (cache.token, cache.live))
-            for b, h in itertools.product(range(cache.B), range(heads)):
-                norm = -k[b, h].square().sum(-1).sqrt()
-                here = live[b, h]
-                pairs = zip(token[b, h, here].tolist(), norm[here].tolist(), strict=True)
-                self.heads[cache.layer, h, b] = dict(pairs)
+    def after_prompt(self, cache):
+        for b in range(cache.B):
+            for h, (tokens, k) in enumerate(rows(cache, b)):
+                norms = -k.double().square().sum(-1).sqrt()
+                self.heads[cache.layer, h, b] = dict(zip(tokens, norms.tolist(), strict=True))
 
 
 def agree(mine, theirs, norms):
@@ -47,21 +40,25 @@ def distinct(n, batch=1):
     return torch.stack([torch.randperm(101, generator=rng)[:n] for _ in range(batch)])
 
 
+def give(monkeypatch, k, v=None):
+    """Make the only KV head hold these keys and values (N, D)."""
+    k, v = (t[None, None] for t in (k, k if v is None else v))
+    monkeypatch.setattr(LayerCache, "read", lambda cache: (k, v))
+
+
 # Turns red when the longest keys are kept, or the norm is not that of the key.
 def test_mutation_the_shortest_keys_stay(monkeypatch):
     m = tiny.model(G=1, n_kv_heads=1, n_layers=1)
     norm = torch.tensor([3.0, 1.0, 2.0, 1.0, 5.0, 0.5])
     k = torch.nn.functional.normalize(torch.randn(6, 32), dim=-1) * norm[:, None]
-    v = torch.randn(6, 32) / norm[:, None]
-    monkeypatch.setattr(LayerCache, "read", lambda cache: (k[None, None], v[None, None]))
+    give(monkeypatch, k, torch.randn(6, 32) / norm[:, None])
     for budget, keeps in ((1, {5}), (3, {1, 3, 5}), (4, {1, 2, 3, 5})):
         assert kept(run(m, [Knorm(budget=budget)], tiny.ids(6))) == {(0, 0): keeps}
 
 
 def test_equal_norms_keep_the_older_entry(monkeypatch):
     m = tiny.model(G=1, n_kv_heads=1, n_layers=1)
-    k = torch.eye(32)[:6]
-    monkeypatch.setattr(LayerCache, "read", lambda cache: (k[None, None], k[None, None]))
+    give(monkeypatch, torch.eye(32)[:6])
     assert kept(run(m, [Knorm(budget=4)], tiny.ids(6))) == {(0, 0): {0, 1, 2, 3}}
 
 
@@ -72,7 +69,7 @@ def test_bf16_keys_are_told_apart(monkeypatch):
     for i in range(8):
         k[i, : 7 - i] *= 1.01  # the older, the longer
     assert len(set(k.norm(dim=-1).tolist())) < 3
-    monkeypatch.setattr(LayerCache, "read", lambda cache: (k[None, None], k[None, None]))
+    give(monkeypatch, k)
     assert kept(run(m, [Knorm(budget=3)], tiny.ids(8))) == {(0, 0): {5, 6, 7}}
 
 
@@ -80,66 +77,74 @@ def test_bf16_keys_are_told_apart(monkeypatch):
 def test_the_kept_sets_equal_a_naive_computation(G):
     norms, m = Norms(), tiny.model(G=G)
     cache = run(m, [norms, Knorm(budget=40)], tiny.ids(150, batch=2))
-    for i, h, b in norms.heads:
-        agree(kept(cache, b)[i, h], best(norms.heads[i, h, b], 40), norms.heads[i, h, b])
+    for (i, h, b), heard in norms.heads.items():
+        agree(kept(cache, b)[i, h], best(heard, 40), heard)
+    assert len(norms.heads) == 8
 
 
-def test_hidden_entries_and_padding_do_not_count():
-    m, norms = tiny.model(), Norms()
-    cache = run(m, [Drop(60, 1, [3, 4, 50]), Drop(60, None, [7]), norms, Knorm(budget=20)], distinct(60))
+def test_with_updates_every_step_forgets_the_longest_key():
+    """The keys of a first layer do not depend on what was forgotten; the newest entry competes."""
+    m, text, norms = tiny.model(n_layers=1), distinct(100), Norms()
+    run(m, [norms], text)
+    cache = run(m, [Knorm(budget=30, decode_update=True)], text[:, :60])
+    alive = [best({t: norms.heads[0, h, 0][t] for t in range(60)}, 30) for h in (0, 1)]
+    for t in range(60, 100):
+        tiny.steps(m, cache, text[:, t : t + 1])
+        alive = [best({j: norms.heads[0, h, 0][j] for j in alive[h] | {t}}, 30) for h in (0, 1)]
+        assert kept(cache) == {(0, h): alive[h] for h in (0, 1)}
+
+
+def test_hidden_entries_do_not_count():
+    norms, drops = Norms(), [Drop(60, 1, [3, 4, 50]), Drop(60, None, [7])]
+    cache = run(tiny.model(), [*drops, norms, Knorm(budget=20)], distinct(60))
     for key, tokens in kept(cache).items():
         assert tokens == best(norms.heads[(*key, 0)], 20) and 7 not in tokens
-    cache, text = KVCache(m, "knorm(budget=20)"), distinct(60, batch=2)
-    with cache.prompt(60, pads=[0, 25]):
-        m(text, cache)
-    assert kept(cache, 1) == kept(run(m, "knorm(budget=20)", text[1:, 25:]))
 
 
 def test_positions_do_not_matter():
     """A rotation keeps lengths: where keys are kept un-rotated and renumbered, the same entries stay."""
     m, text = tiny.model(n_layers=1), distinct(60)
-    one = run(m, "knorm(budget=20)", text)
-    other = KVCache(m, "streamingllm(budget=300)+knorm(budget=20)")
-    tiny.feed(m, other, text)
-    assert other.renumbers and kept(one) == kept(other)
+    other = run(m, "streamingllm(budget=300)+knorm(budget=20)", text)
+    assert other.renumbers and kept(run(m, "knorm(budget=20)", text)) == kept(other)
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 33, 149])
+@pytest.mark.parametrize("chunk", [1, 7, 149])
 def test_chunks_do_not_change_what_is_kept(chunk):
     m = tiny.model(vocab=151)  # no token comes twice: its keys in the first layer would be equal but for roundings
     text = torch.stack([torch.randperm(151, generator=torch.Generator().manual_seed(s))[:150] for s in (1, 2)])
-    one, parts = KVCache(m, "knorm(budget=40)"), KVCache(m, "knorm(budget=40)")
-    tiny.feed(m, one, text)
-    tiny.feed(m, parts, text, chunk)
+    one, parts = (run(m, "knorm(budget=40)", text, chunk=c) for c in (None, chunk))
     assert kept(one) == kept(parts) and kept(one, 1) == kept(parts, 1)
 
 
 @pytest.mark.parametrize("T", [1, 2, 40, 41, 90])
 @pytest.mark.parametrize("budget", [1, 8, 40])
-def test_counts_and_prompt_logits(T, budget):
-    m, text = tiny.model(), tiny.ids(T)
-    cache = KVCache(m, f"knorm(budget={budget})")
-    assert torch.equal(tiny.feed(m, cache, text), m(text, KVCache(m)))  # the prompt is read exactly
-    before = kept(cache)
-    assert all(len(t) == min(T, budget) for t in before.values())
-    tiny.steps(m, cache, tiny.ids(7))
-    assert kept(cache) == {key: tokens | set(range(T, T + 7)) for key, tokens in before.items()}
-    tiny.feed(m, cache, tiny.ids(60))
-    assert cache.layers[1].counts == [min(T + 67, budget)] * 2
+@pytest.mark.parametrize("update", [True, False])
+def test_counts_and_prompt_logits(T, budget, update):
+    read_exactly(tiny.model(), f"knorm(budget={budget},decode_update={update})", budget, update, T)
 
 
-def test_layers_that_are_skipped_stay_whole():
-    m = tiny.model(n_layers=3)
-    cache = run(m, "knorm(budget=20,skip_layers=2)", tiny.ids(60))
+def test_a_budget_that_is_never_reached_changes_no_bit():
+    within_budget_is_full(tiny.model(), "knorm(budget=60,decode_update=True)", 40, 20)
+
+
+@pytest.mark.parametrize("update", [True, False])
+def test_layers_that_are_skipped_stay_whole(update):
+    m, spec = tiny.model(n_layers=3), f"knorm(budget=20,decode_update={update}"
+    cache, every = run(m, f"{spec},skip_layers=2)", tiny.ids(60)), run(m, f"{spec})", tiny.ids(60))
     assert [c.counts for c in cache.layers] == [[60, 60], [60, 60], [20, 20]]
-    assert kept(cache)[2, 0] == kept(run(m, "knorm(budget=20)", tiny.ids(60)))[2, 0]  # the prompt was read exactly
+    assert kept(cache)[2, 0] == kept(every)[2, 0]  # the prompt was read exactly
+    tiny.steps(m, cache, tiny.ids(9))
+    assert [c.counts for c in cache.layers] == [[69, 69], [69, 69], [20, 20] if update else [29, 29]]
+    assert cache.methods[0].most(60, 9) == 69
 
 
 def test_bytes_are_those_of_the_header():
     m = tiny.model(context=1024)
-    cache = KVCache(m, "knorm(budget=320)")
-    list(generate(m, cache, tiny.ids(600)[0], 1))
-    assert cache.nbytes == 2 * (320 + 20) * 2 * (2 * 32 * 4 + 4)
+    for spec, whole in (("knorm(budget=320)", 0), ("knorm(budget=320,skip_layers=1)", 1)):
+        cache = KVCache(m, spec)
+        list(generate(m, cache, tiny.ids(600)[0], 1))
+        per_slot = [2 * 32 * 4 + 4 * (i >= whole) for i in (0, 1)]  # what forgets nothing needs no token numbers
+        assert held(cache) == sum(2 * (637 if i < whole else 340) * n for i, n in enumerate(per_slot))
 
 
 @pytest.mark.parametrize("G", [1, 3, 4])

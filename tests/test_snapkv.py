@@ -5,25 +5,19 @@ import itertools
 import pytest
 import tiny
 import torch
-from windowed import Drop, Spy, best, give_scores, kept, run
+from windowed import Drop, Spy, best, give_scores, held, kept, read_exactly, run, within_budget_is_full
 
-from nanokv import KVCache, generate
-from nanokv.attention import window_scores
-from nanokv.cache import Policy
+from nanokv import KVCache
+from nanokv.method import Policy
 from nanokv.methods.snapkv import SnapKV
 
 
-class Scores(Policy):
-    """Note what window_scores returns at the end of a prompt."""
+class Look(SnapKV):
+    """Note the scores."""
 
-    name = "scores"
-
-    def __init__(self, *args):
-        self.args, self.observes = args, args[0]
-
-    def __call__(self, cache, q, pos):
-        if cache.phase == "last":
-            self.score = window_scores(cache, *self.args)
+    def score(self, cache, q, pos):
+        self.seen = super().score(cache, q, pos)
+        return self.seen
 
 
 ROW = [0.05, 0, 0.3, 0, 0, 0.1, 0, 0.05]
@@ -35,12 +29,10 @@ ROW = [0.05, 0, 0.3, 0, 0, 0.1, 0, 0.05]
     ("max", 1, ROW, {0, 2, 5}),
 ])  # fmt: skip
 def test_a_small_example(monkeypatch, pooling, kernel, scores, keeps):
-    m, text = tiny.model(G=1, n_kv_heads=1, n_layers=1), tiny.ids(10)
+    m, look = tiny.model(G=1, n_kv_heads=1, n_layers=1), Look(budget=5, window=2, kernel=kernel, pooling=pooling)
     give_scores(monkeypatch, [ROW])
-    look = Scores(2, kernel, pooling, "mean")
-    cache = KVCache(m, [look, SnapKV(budget=5, window=2, kernel=kernel, pooling=pooling)])
-    tiny.feed(m, cache, text)
-    assert torch.allclose(look.score[0, 0, :8], torch.tensor(scores), atol=1e-7)  # one rounding of numbers below 0.4
+    cache = run(m, [look], tiny.ids(10))
+    assert torch.allclose(look.seen[0, 0, :8], torch.tensor(scores), atol=1e-7)  # one rounding of numbers below 0.4
     assert kept(cache) == {(0, 0): keeps | {8, 9}}
 
 
@@ -73,21 +65,21 @@ def test_heads_choose_for_themselves(monkeypatch):
     assert first[0, 0] != first[0, 1]
 
 
-def test_the_window_scores_are_a_slice_of_dense_attention():
-    m, look, seen = tiny.model(n_layers=1), Scores(16, 1, "max", "mean"), {}
+@pytest.mark.parametrize("chunk", [None, 1, 33, 199])  # 199 leaves a last part of one token
+def test_the_window_scores_are_a_slice_of_dense_attention(chunk):
+    m, look, seen = tiny.model(n_layers=1), Look(budget=100, window=16, kernel=1), {}
 
     class Dense(Policy):
-        name = "dense"
-
-        def __call__(self, cache, q, pos):
+        def after_part(self, cache, q, pos):
             k = cache.read()[0].repeat_interleave(3, 1).double()
-            s = cache.rope(q, pos).double() @ k.mT / 32**0.5
+            s = q.double() @ k.mT / 32**0.5
             p = s.masked_fill(torch.ones(200, 200).triu(1).bool(), -torch.inf).softmax(-1)
             seen["p"] = p[:, :, 184:, :184].sum(2).view(1, 2, 3, -1).mean(2)
 
-    tiny.feed(m, KVCache(m, [Dense(), look]), tiny.ids(200))
-    assert tiny.rms(look.score[..., :184], seen["p"]) < 1e-5  # fp32: 16 rows, logits up to 10 with an error of 1e-6
-    assert not look.score[..., 184:].any()
+    run(m, [Dense()], tiny.ids(200))
+    run(m, [look], tiny.ids(200), chunk=chunk)
+    assert tiny.rms(look.seen[..., :184], seen["p"]) < 1e-5  # fp32: 16 rows, logits up to 10 with an error of 1e-6
+    assert not look.seen[..., 184:].any()
 
 
 @pytest.mark.parametrize("G", [1, 3, 4])
@@ -103,68 +95,38 @@ def test_the_kept_sets_equal_a_naive_computation(G, options):
     snap = SnapKV(**({"budget": 40, "window": 8} | options))
     spy = Spy(snap.window, snap.kernel, snap.pooling, snap.reduce)
     cache = run(m, [spy, snap], tiny.ids(150))
-    for i, h in itertools.product((0, 1), (0, 1)):
-        old, new = spy.heads[i][0, h]
-        assert kept(cache)[i, h] == best(old, 40 - snap.window) | new
-    assert cache.layers[0].counts == [40, 40]
-
-
-@pytest.mark.parametrize("chunk", [1, 7, 33, 149])
-def test_chunks_do_not_change_what_is_kept(chunk):
-    m, text = tiny.model(), tiny.ids(150, batch=2)
-    one, parts = KVCache(m, "snapkv(budget=40)"), KVCache(m, "snapkv(budget=40)")
-    tiny.feed(m, one, text)
-    tiny.feed(m, parts, text, chunk)  # 149 leaves a last part of one token
-    assert kept(one) == kept(parts) and kept(one, 1) == kept(parts, 1)
-
-
-def test_a_batch_keeps_what_its_sequences_keep():
-    m, text = tiny.model(), tiny.ids(150, batch=3)
-    cache = run(m, "snapkv(budget=40,window=8)", text)
-    for b in range(3):
-        assert kept(cache, b) == kept(run(m, "snapkv(budget=40,window=8)", text[b : b + 1]))
+    for key, (old, new) in spy.heads.items():
+        assert kept(cache)[key] == best(old, 40 - snap.window) | new
+    assert len(spy.heads) == 4 and cache.layers[0].counts == [40, 40]
 
 
 @pytest.mark.parametrize("T", [1, 2, 31, 32, 33, 100])
 def test_a_budget_that_is_never_reached_changes_no_bit(T):
-    m, text = tiny.model(), tiny.ids(T + 5)
-    full, cache = KVCache(m), KVCache(m, f"snapkv(budget={T})")
-    for c in (full, cache):
-        c.out = torch.cat([tiny.feed(m, c, text[:, :T]), tiny.steps(m, c, text[:, T:])], 1)
-    assert torch.equal(full.out, cache.out)
+    within_budget_is_full(tiny.model(), f"snapkv(budget={T})", T, 5)
 
 
 @pytest.mark.parametrize("T", [1, 2, 9, 40, 41, 90])
 @pytest.mark.parametrize("budget", [1, 5, 8, 9, 40])
 def test_counts_window_and_prompt_logits(T, budget):
-    m, text = tiny.model(), tiny.ids(T)
-    cache = KVCache(m, f"snapkv(budget={budget},window=8)")
-    assert torch.equal(tiny.feed(m, cache, text), m(text, KVCache(m)))  # the prompt is read exactly
-    for tokens in kept(cache).values():
-        assert len(tokens) == min(T, budget) and tokens >= set(range(max(0, T - min(8, budget)), T))
-    tiny.steps(m, cache, tiny.ids(7))
-    assert cache.layers[1].counts == [min(T, budget) + 7] * 2
+    before = read_exactly(tiny.model(), f"snapkv(budget={budget},window=8)", budget, False, T)
+    assert all(tokens >= set(range(max(0, T - min(8, budget)), T)) for tokens in before.values())
 
 
-def test_entries_that_were_hidden_do_not_count():
+def test_entries_that_were_hidden_do_not_count(monkeypatch):
     """Hidden slots, reclaimed or not, in all heads or in one, must not shift neighbours, ranks or counts."""
     m, text = tiny.model(), tiny.ids(60)
     results = []
-    for reclaim in (False, True):
+    for least in (100, 1):
+        monkeypatch.setattr("nanokv.entries.spare", lambda n, least=least: least)
         spy, snap = Spy(8, 5), SnapKV(budget=30, window=8, kernel=5)
         cache = KVCache(m, [spy, Drop(56, None, [3, 4, 50]), Drop(58, 1, [7, 8, 9, 20, 55]), snap])
         tiny.feed(m, cache, tiny.ids(25))
-        tiny.steps(m, cache, text[:, 25:])  # 60 tokens, few hidden: not yet reclaimed
-        assert all(c.size > c.n_live for c in cache.layers)
-        if reclaim:
-            for c in cache.layers:
-                c._reclaim()
-            assert not cache.layers[0].equal
+        tiny.steps(m, cache, text[:, 25:])
+        assert all((c.counts == c.n_slots) == (least == 1) for c in cache.layers)
         tiny.feed(m, cache, tiny.ids(20, seed=5))
-        for i, h in itertools.product((0, 1), (0, 1)):
-            old, new = spy.heads[i][0, h]
-            assert len(old) + len(new) == (77, 72)[h]
-            assert kept(cache)[i, h] == best(old, 22) | new
+        for key, (old, new) in spy.heads.items():
+            assert len(old) + len(new) == (77, 72)[key[1]]
+            assert kept(cache)[key] == best(old, 22) | new
         results.append(kept(cache))
     assert results[0] == results[1]
 
@@ -172,13 +134,11 @@ def test_entries_that_were_hidden_do_not_count():
 def test_a_second_prompt_is_judged_by_its_own_queries():
     m = tiny.model()
     spy = Spy(8)
-    cache = KVCache(m, [spy, SnapKV(budget=30, window=8)])
-    tiny.feed(m, cache, tiny.ids(80))
-    tiny.steps(m, cache, tiny.ids(15, seed=2))
+    cache = run(m, [spy, SnapKV(budget=30, window=8)], tiny.ids(80), steps=15)
     before = kept(cache)
     tiny.feed(m, cache, tiny.ids(9, seed=3))
     for key, tokens in kept(cache).items():
-        old, new = spy.heads[key[0]][0, key[1]]
+        old, new = spy.heads[key]
         assert tokens == best(old, 22) | new and new == set(range(96, 104))
         assert tokens <= before[key] | set(range(95, 104))  # what was forgotten does not come back
     tiny.feed(m, cache, tiny.ids(3, seed=4))  # shorter than the window: 3 queries vote, the newest 8 entries stay
@@ -186,33 +146,33 @@ def test_a_second_prompt_is_judged_by_its_own_queries():
 
 
 def test_queries_that_see_nothing_have_no_vote():
-    m = tiny.model()
-    drops = [Drop(100, None, list(range(0, 97)))]  # the first of the window's queries see no entry at all
-    cache = run(m, [*drops, SnapKV(budget=2, window=1)], tiny.ids(100))
+    m, drop = tiny.model(), Drop(100, None, list(range(97)))  # the window's first queries see no entry at all
+    cache = run(m, [drop, SnapKV(budget=2, window=1)], tiny.ids(100))
     assert all(99 in t and len(t) == 2 for t in kept(cache).values())
-    cache = run(m, [*drops, SnapKV(budget=2, window=8)], tiny.ids(100))
-    assert tiny.steps(m, cache, tiny.ids(3)).isfinite().all()
+    look = Look(budget=2, window=8)
+    cache = run(m, [drop, look], tiny.ids(100))
+    assert look.seen.isfinite().all() and tiny.steps(m, cache, tiny.ids(3)).isfinite().all()
 
 
 def test_bytes_are_those_of_the_header():
-    m = tiny.model(context=1024)
-    cache = run(m, "snapkv(budget=300)", tiny.ids(600))
-    S = 300 + 18
-    assert cache.nbytes == 2 * S * 2 * (2 * 32 * 4 + 4)
+    cache = run(tiny.model(context=1024), "snapkv(budget=300)", tiny.ids(600))
+    assert held(cache) == 2 * (300 + 18) * 2 * (2 * 32 * 4 + 4)
     assert cache.ledger()["total"]["payload"] == 2 * 300 * 2 * 2 * 32 * 4
 
 
-def test_with_kivi_the_same_entries_stay_and_text_goes_on():
-    m = tiny.model()
-    alone, cache = (KVCache(m, f"snapkv(budget=60){more}") for more in ("", "+kivi(bits=2,residual=32)"))
-    a, b = (list(generate(m, c, tiny.ids(100)[0], 2)) for c in (alone, cache))
-    assert a[0] == b[0]  # the first token sees the exact prompt
-    strip = {key: {t for t in tokens if t < 100} for key, tokens in kept(cache).items()}
-    assert strip == {key: {t for t in tokens if t < 100} for key, tokens in kept(alone).items()}
-    for n in range(300):
-        logits = tiny.steps(m, cache, tiny.ids(1, seed=n))
-        assert cache.layers[0].counts == [62 + n] * 2
-    assert logits.isfinite().all()
+def test_the_ledger_counts_the_window_s_queries_while_a_prompt_is_read():
+    m, caches = tiny.model(), []
+    for spec in ("full", "snapkv(budget=40)"):
+        caches.append(KVCache(m, spec))
+        m(tiny.ids(60), caches[-1], "prompt")
+    assert held(caches[1]) - held(caches[0]) == 2 * (6 * 32 * 32 * 4 + 32 * 8)  # layers; queries, positions
+
+
+def test_with_kivi_the_same_entries_stay():
+    m, text = tiny.model(), tiny.ids(100)
+    a, b = (run(m, f"snapkv(budget=60){more}", text, steps=9) for more in ("", "+kivi(bits=2,residual=32)"))
+    strip = [{key: {t for t in tokens if t < 100} for key, tokens in kept(c).items()} for c in (a, b)]
+    assert strip[0] == strip[1] and b.layers[0].counts == [69, 69]
 
 
 @pytest.mark.parametrize("bad", [
@@ -221,3 +181,10 @@ def test_with_kivi_the_same_entries_stay_and_text_goes_on():
 def test_bad_parameters_are_refused(bad):
     with pytest.raises(ValueError, match=f"snapkv: {next(iter(bad))} must be"):
         SnapKV(**bad)
+
+
+def test_a_budget_below_the_window_keeps_the_newest():
+    m = tiny.model()
+    for budget, T in itertools.product((1, 3), (4, 50)):
+        tokens = kept(run(m, f"snapkv(budget={budget})", tiny.ids(T)))
+        assert set(map(frozenset, tokens.values())) == {frozenset(range(T - budget, T))}

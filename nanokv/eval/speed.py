@@ -218,7 +218,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", nargs="+", default=["fp32"], help="fp32, bf16, fp16")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1")
     parser.add_argument("--backend", nargs="+", default=["auto"], choices=("auto", "torch", "triton"),
-                        help="each method on each of these: auto, the fastest; torch, the readable text; triton, on a GPU")  # fmt: skip
+                        help="each method on each; torch is the readable text, triton needs a GPU")  # fmt: skip
     parser.add_argument("--contexts", nargs="+", type=int, default=[16, 1024, 4096])
     parser.add_argument("--peer", nargs="*", default=None, help="attention of transformers: sdpa, eager; default: sdpa")
     parser.add_argument("--threads", type=int, default=None)
@@ -276,7 +276,8 @@ def run(args) -> list[dict]:
             raise ValueError(f"--backend triton: {why}; here only torch can be measured")
         for cache in [KVCache(model, spec) for spec in specs]:  # what is wrong is said before anything is measured
             fits(cache, max(args.contexts) + 3 * args.rounds + 1)
-        lesson = load(args.model, dtype, args.device, fast=False)[0] if "torch" in args.backend else None
+        two = "torch" in args.backend and device.type == "cpu"
+        lesson = load(args.model, dtype, args.device, fast=False)[0] if two else None
         field = contestants(model, specs, peers, args.backend, lesson)
         total = len(args.contexts) * (len(field) * args.repeats + args.rounds)
         columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()

@@ -9,6 +9,7 @@ import ast
 import importlib
 import importlib.util
 import inspect
+import math
 import pkgutil
 import re
 import sys
@@ -40,7 +41,7 @@ class Info:
     cls: type
     source: str = ""  # the path of a file outside this folder
 
-    def __call__(self, **parameters) -> Method:
+    def __call__(self, /, **parameters) -> Method:
         """Construct the method; ValueError names what is wrong with a parameter."""
         own = [f.name for f in fields(self.cls)]
         unknown = [p for p in parameters if p not in own]
@@ -76,7 +77,7 @@ def from_file(path: str) -> Info:
         found = importlib.util.spec_from_file_location(name, path)
         module = importlib.util.module_from_spec(found)
         found.loader.exec_module(module)
-    except Exception as error:  # a user's file may fail in any way
+    except (Exception, SystemExit) as error:  # a user's file may fail in any way
         raise ValueError(f"cannot load the method {path}: {type(error).__name__}: {error}".splitlines()[0]) from error
     return _describe(module, name, path)
 
@@ -85,8 +86,8 @@ def parse(spec, n_prompt: int | None = None) -> list[Method]:
     """Turn "snapkv(budget=512)+kivi(bits=2)", a method, or a list of either, into methods in the order written.
 
     A plan written without a policy brings its paper's, and hands it the parameters that it does not know. `ratio` in
-    place of a budget is the share kept of n_prompt tokens. Raises ValueError for what cannot be read, and for two
-    storages.
+    place of a budget is the share kept of n_prompt tokens, rounded, at least 1 entry. Raises ValueError for what
+    cannot be read, and for two storages.
     """
     made: list[Method] = []
     left: list[tuple[Plan, dict]] = []
@@ -112,7 +113,8 @@ def parse(spec, n_prompt: int | None = None) -> list[Method]:
         left = [(p, r) for p, r in left if p is not plan]
         break
     for plan, rest in left:
-        raise ValueError(f"{plan.name} has no parameter {next(iter(rest))!r}; write it with {scored[0].name}")
+        scorer = next(m for m in made if isinstance(m, Policy) and not isinstance(m, Plan))
+        raise ValueError(f"{plan.name} has no parameter {next(iter(rest))!r}; write it with {scorer.name}")
     storages = [m.name for m in made if isinstance(m, Storage)]
     if len(storages) > 1:
         raise ValueError(f"{storages[0]} and {storages[1]} are both storages; a cache has at most one")
@@ -163,7 +165,7 @@ def _budget(name: str, given: dict, own: set, n_prompt: int | None) -> dict:
         raise ValueError(f"{name}: ratio, in place of budget, must be above 0 and at most 1, got {ratio}")
     if n_prompt is None:
         raise ValueError(f"{name}: ratio is a share of a prompt whose length is not known; KVCache(..., n_prompt=...)")
-    return {k: v for k, v in given.items() if k != "ratio"} | {"budget": max(1, round(ratio * n_prompt))}
+    return {k: v for k, v in given.items() if k != "ratio"} | {"budget": max(1, math.floor(ratio * n_prompt + 0.5))}
 
 
 @cache

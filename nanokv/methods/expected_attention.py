@@ -53,10 +53,10 @@ class ExpectedAttention(Evict):
     use_vnorm: bool = True
     limits = {
         "budget": at_least(1),
-        "n_future": (lambda x: 1 <= x <= 2**20, "from 1 to 1048576"),
+        "n_future": (lambda x: 1 <= x <= 65536, "from 1 to 65,536"),
         "n_sink": at_least(0),
         "window": at_least(0),
-        "epsilon": at_least(0),
+        "epsilon": (lambda x: 0 <= x <= 1e6, "from 0 to 1,000,000"),
     }
 
     def __post_init__(self):
@@ -98,16 +98,10 @@ class ExpectedAttention(Evict):
         """Return the mean (B, Hkv, G, 1, D) and covariance (B, Hkv, G, D, D) of the queries, rotated to come next."""
         n, mean, scatter = (cache.notes[name] for name in ("queries", "mean", "scatter"))
         cov = scatter / n.clamp(min=1)
-        each = (
-            cache.counts
-            if cache.renumbers
-            else [m for m in cache.next_position for _ in range(cache.config.n_kv_heads)]
-        )
-        following = torch.tensor(each, device=mean.device).view(cache.B, -1, 1) + torch.arange(
-            self.n_future, device=mean.device
-        )
-        angle = following.unsqueeze(-1) * cache.rope.inv_freq.double()  # (B, Hkv, F, D/2)
-        cos, sin = (t.mean(2)[:, :, None, None] for t in (angle.cos(), angle.sin()))  # (B, Hkv, 1, 1, D/2)
+        first = torch.tensor(cache.counts if cache.renumbers else cache.next_position, device=mean.device)
+        following = first.view(cache.B, -1, 1) + torch.arange(self.n_future, device=mean.device)
+        angle = following[..., None] * cache.rope.inv_freq.double()  # (B, 1 or Hkv, F, D/2)
+        cos, sin = (t.mean(2)[:, :, None, None] for t in (angle.cos(), angle.sin()))  # (B, 1 or Hkv, 1, 1, D/2)
 
         def turn(x):  # R x, with R the average rotation of the pairs (i, i + D/2)
             a, b = x.chunk(2, -1)

@@ -35,7 +35,7 @@ class H2O(Evict):
     online: bool = True
     limits = {
         "budget": at_least(1),
-        "recent": (lambda x: 0 <= x < 1 or x == x // 1 < 1e9, "a share below 1 or a whole number"),
+        "recent": (lambda x: 0 <= x < 1 or 1 <= x < 1e9 and x == int(x), "a share below 1 or a whole number"),
         "reduce": one_of("mean", "max", "sum"),
     }
 
@@ -43,9 +43,8 @@ class H2O(Evict):
         super().__post_init__()
         self.n_recent = int(self.recent) if self.recent >= 1 else round(self.recent * self.budget)
         if self.n_recent > self.budget:
-            raise ValueError(
-                f"{self.name}: budget must be at least {self.n_recent}, the recent entries, got {self.budget}"
-            )
+            least = f"{self.n_recent}, the recent entries"
+            raise ValueError(f"{self.name}: budget must be at least {least}, got {self.budget}")
 
     def after_part(self, cache, q, pos):
         cache.set_column("acc", cache.column("acc") + cache.paid(q, pos, self.reduce))

@@ -6,6 +6,7 @@ Idea: What the end of a prompt attends to is what the answer will attend to. Sco
     of the last `window` queries, spread the scores to neighbours so that a hit survives with its context, and keep the
     best of each KV head, and the window.
 Stores: the storage's entries and the token number of each, int32; KV heads keep equally many, but different tokens.
+    While a prompt is being read also its last `window` queries.
 Bytes: under `full`, after a prompt of T > budget tokens: held = S * Hkv * (2 * D * itemsize + 4) per layer with
     S = budget + max(16, budget // 16) slots. Every further token takes one slot more.
 Acts: once, when the last token of a prompt is in; the prompt is read exactly, so the first generated token sees all of
@@ -33,8 +34,13 @@ class SnapKV(Evict):
     kernel: int = 7
     pooling: str = "max"
     reduce: str = "mean"
-    limits = {"budget": at_least(1), "window": at_least(1), "kernel": (lambda n: n >= 1 and n % 2, "odd"),
-              "pooling": one_of("max", "avg"), "reduce": one_of("mean", "max", "sum")}
+    limits = {
+        "budget": at_least(1),
+        "window": at_least(1),
+        "kernel": (lambda n: n >= 1 and n % 2, "odd"),
+        "pooling": one_of("max", "avg"),
+        "reduce": one_of("mean", "max", "sum"),
+    }
 
     def __post_init__(self):
         super().__post_init__()

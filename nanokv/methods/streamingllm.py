@@ -13,8 +13,9 @@ Acts: before every token is appended, so that C entries, the new one included, a
     parts of at most (C - n_sink) / 4 tokens in the same way, so its early tokens see no more than a cache of C: the
     first generated token sees a compressed prompt. With reindex=False the prompt is read whole, with full attention,
     and cut to C afterwards.
-Differs: the paper feeds a prompt token by token; parts of a quarter window give each token at least three quarters of
-    the window to look back on.
+Differs: the authors' perplexity script feeds a text token by token, and their chat demo reads a prompt in one piece,
+    once it has made room; here parts of a quarter window give each token at least three quarters of the window to look
+    back on.
 """
 
 from dataclasses import dataclass
@@ -53,11 +54,13 @@ class StreamingLLM(Policy):
 
     def before_append(self, cache, n):
         if self.reindex or cache.phase == "decode":
-            over = [c + t - self.budget if t else 0 for c, t in zip(cache.counts, n, strict=True)]
-            cache.drop_run(self.n_sink, over)
+            cache.drop_run(self.n_sink, [c + t - self.budget for c, t in zip(cache.counts, n, strict=True)])
 
     def after_prompt(self, cache):
         cache.drop_run(self.n_sink, [c - self.budget for c in cache.counts])
+
+    def after_step(self, cache, q, pos):
+        self.after_prompt(cache)  # a step of more tokens than there is room for
 
     def ahead(self, cache):
         return max(0, self.budget - cache.n_live)

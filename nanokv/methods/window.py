@@ -34,10 +34,13 @@ class Window(Policy):
 
     def before_append(self, cache, n):
         if cache.phase == "decode":
-            cache.drop_run(0, [c + t - self.budget if t else 0 for c, t in zip(cache.counts, n, strict=True)])
+            cache.drop_run(0, [c + t - self.budget for c, t in zip(cache.counts, n, strict=True)])
 
     def after_prompt(self, cache):
         cache.drop_run(0, [c - self.budget for c in cache.counts])
+
+    def after_step(self, cache, q, pos):
+        self.after_prompt(cache)  # a step of more tokens than the window holds
 
     def ahead(self, cache):
         return max(0, self.budget - cache.n_live)
