@@ -299,7 +299,7 @@ class LayerCache(Entries):
         pos: position of each slot, int32, flat, and where rows start in it, col_start; q_pos, int32 (R, G * T); bias,
         like pos, or None; window in tokens or None.
         """
-        if self.plain or (self.lengths_say_all and pos.shape[-1] == 1):
+        if pos.shape[-1] == 1 and (self.plain or self.lengths_say_all):
             return {}
         if self.chosen is not None:
             raise NotImplementedError("no kernel reads only what a policy selects")

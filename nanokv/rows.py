@@ -38,10 +38,12 @@ class Rows:
         """Return where rows start, int64 (R,), and their lengths, int32 (R,), as tensors on the fields' device."""
         if self._where is None:
             device = next(iter(self.data.values())).device
-            self._where = (
-                torch.tensor(self.start, device=device),
-                torch.tensor(self.n, dtype=torch.int32, device=device),
-            )
+            if self.equal:  # made on the device: nothing is uploaded
+                start = torch.arange(len(self.n), device=device) * self.stride + self.start[0]
+                self._where = start, torch.full((len(self.n),), self.n[0], dtype=torch.int32, device=device)
+            else:
+                lengths = torch.tensor(self.n, dtype=torch.int32, device=device)
+                self._where = torch.tensor(self.start, device=device), lengths
         return self._where
 
     def __getitem__(self, name: str) -> Tensor:
@@ -174,6 +176,9 @@ class Rows:
     def _index(self, first: list[int], counts: list[int]) -> Tensor:
         """Return the flat indices of counts[r] slots of row r, from its slot first[r] on."""
         device = next(iter(self.data.values())).device
+        if self.stride is not None and len(set(first)) == len(set(counts)) == 1:  # made on the device
+            start = torch.arange(len(first), device=device) * self.stride + self.start[0] + first[0]
+            return (start[:, None] + torch.arange(counts[0], device=device)).flatten()
         runs = [torch.arange(s + f, s + f + t) for s, f, t in zip(self.start, first, counts, strict=True)]
         return torch.cat(runs).to(device)
 
