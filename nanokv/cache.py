@@ -130,19 +130,22 @@ class KVCache:
 
         NotImplementedError where a method may have forgotten entries, or has packed those that would have to go.
         """
-        if n < 0:
+        if not isinstance(n, int) or n < 0:
             raise ValueError(f"a cache can be cut to 0 tokens or more, not to {n}")
-        before = copy.copy(self._own())
-        for layer in before:
-            if layer.slots is not None:
-                layer.truncate(n)
-        self._ids.cut([max(0, m - n) for m in self.next_position])
+        self._at_rest()
+        layers = [layer for layer in self._own() if layer.slots is not None]
+        gone = [layer.beyond(n, self.next_position) for layer in layers]  # all are asked before any is cut
+        for layer, rows in zip(layers, gone, strict=True):
+            layer.truncate(rows)
+        if self._ids:
+            self._ids.cut([max(0, m - n) for m in self.next_position])
         self.next_position = [min(n, m) for m in self.next_position]
 
     def expand(self, B: int) -> None:
         """Turn the one sequence that was read into a batch of B that begin alike."""
         if self.B != 1 or B < 1:
             raise ValueError(f"one sequence can be expanded to 1 or more, not {self.B} to {B}")
+        self._at_rest()
         for layer in self._own():
             if layer.slots is not None:
                 layer.expand(B)
@@ -198,6 +201,10 @@ class KVCache:
         return {"layers": rows, "total": total}
 
     # Bookkeeping
+
+    def _at_rest(self) -> None:
+        if self._drafted is not None or self._under_way is not None:
+            raise ValueError("a draft or a pass is open: accept some of the draft, or none, first")
 
     def _own(self) -> list[LayerCache]:
         return [c for c in self.layers if isinstance(c, LayerCache)]

@@ -173,14 +173,20 @@ class LayerCache(Entries):
         pos = self.append(k[:, :, i:j], v[:, :, i:j], x[:, i:j], self.now.pos)
         self.compress(q[:, :, i:j], pos)
 
-    def truncate(self, n: int) -> None:
-        """Drop the entries of tokens from n on, which must be the newest, and still as they came."""
+    def beyond(self, n: int, read: list[int]) -> list[int]:
+        """Return how many entries of each row come from tokens from n on, of sequences that have `read` so many.
+
+        NotImplementedError where they could not be cut off: something was forgotten, or they are packed.
+        """
         gone = [max(0, s - n) for s in self.n_slots]
-        whole = self.n_slots == self.counts == self._each(self.next_position)
-        if self.policies or not whole:
+        if self.policies or not self.n_slots == self.counts == self._each(read):
             raise NotImplementedError("only a cache that forgets nothing can be cut shorter")
         if any(g > exact for g, exact in zip(gone, self.storage.newest(), strict=True)):
             raise NotImplementedError(f"{self.storage.name} has packed entries that would have to go")
+        return gone
+
+    def truncate(self, gone: list[int]) -> None:
+        """Drop the newest gone[r] entries of row r, see `beyond`."""
         self._cut(gone)
 
     def expand(self, B: int) -> None:

@@ -303,8 +303,10 @@ class Evict(Policy):
             score = cache.plan.rescore(cache, self.score(cache, q, pos), self)
             shares = cache.plan.shares(cache, score, self)
             self.forget(cache, score, shares, q)
-            if self.online and not isinstance(shares, int):
-                cache.notes[f"{self.name}'s shares"] = shares
+            if self.online and not isinstance(shares, int):  # a sequence that pauses keeps the shares it has
+                rows = range(cache.n_rows)
+                old, reads = self._shares(cache), [cache.reads[r * cache.B // cache.n_rows] for r in rows]
+                cache.notes[f"{self.name}'s shares"] = [shares[r] if reads[r] else old[r] for r in rows]
 
     def after_step(self, cache, q, pos):
         if self.online and self._room(cache) < 0:
