@@ -192,7 +192,8 @@ def test_codes_of_odd_widths_and_unequal_rows_are_left_to_the_text():
         assert tiny.rms(layer.attend(q, pos), want) < 1e-6
 
 
-def test_both_ways_run_side_by_side():
+def test_both_ways_run_side_by_side(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # other tests of the same process set it
     m = fast_cpu.speed_up(tiny.model())
     cache = KVCache(m, KIVI(group=16, residual=16))
     with kernels.use("both"):

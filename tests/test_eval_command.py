@@ -1,4 +1,4 @@
-"""The commands of the harness: killed runs, figures of another tool, bytes against tokens, speed and its pictures."""
+"""The commands of the harness: killed runs, bytes against tokens, speed, its pictures, and another checkout."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from test_generate import write_model
 
 from nanokv import KVCache
 from nanokv.eval import __main__ as command
-from nanokv.eval import growth, run, score, speed, tasks
+from nanokv.eval import against, growth, run, score, speed, tasks
 
 ROOT = Path(__file__).parent.parent
 
@@ -164,5 +164,48 @@ def test_speed_says_that_triton_needs_a_gpu(m, capsys, monkeypatch):
 
 
 def test_speed_takes_each_method_on_each_backend(m):
-    field = speed.contestants(m, ["full", "window(budget=8)"], [], ["torch", "auto"])
+    lesson = tiny.model(context=1024)
+    field = speed.contestants(m, ["full", "window(budget=8)"], [], ["torch", "auto"], lesson)
+    assert [c.model for c in field] == [lesson, m, lesson, m]
     assert [c.name for c in field] == [f"{s} [{b}]" for s in ("full", "window(budget=8)") for b in ("torch", "auto")]
+
+
+# another checkout
+
+
+def test_two_checkouts_take_turns(folder, tmp_path, capsys):
+    out = tmp_path / "a.json"
+    options = ["--model", str(folder), "--contexts", "20", "--threads", "1", "--json", str(out)]
+    few = ["--prompts", "1", "--rounds", "3", "--steps", "2"]
+    assert command.main(["against", str(ROOT), "window(budget=8)|full", *options, *few]) == 0
+    (found,) = json.loads(out.read_text())
+    assert found["spec"] == "window(budget=8)" and found["context"] == 20
+    assert [len(found[k]) for k in ("prompt", "step")] == [1, 3]
+    assert all(s > 0 for k in ("prompt", "step") for pair in found[k] for s in pair)
+    assert "window(budget=8)" in capsys.readouterr().out
+    for wrong, what in (
+        (["against", str(tmp_path)], "is not a checkout"),
+        (["against", str(ROOT), "--rounds", "0"], "at least 1"),
+        (["against", str(ROOT), "full|nonsense", *options], "unknown method 'nonsense'"),
+    ):
+        assert command.main(wrong) == 2
+        err = capsys.readouterr().err.strip()
+        assert what in err and len(err.splitlines()) == 1
+
+
+def test_turns_alternate_and_their_ratios_have_an_interval():
+    asked = []
+
+    class Stub:
+        def __init__(self, seconds):
+            self.seconds = seconds
+
+        def ask(self, **order):
+            asked.append(self.seconds)
+            return [self.seconds] * order["steps"]
+
+    found = against.turns([Stub(3.0), Stub(1.0)], 4, [{"steps": 2}] * 2)
+    assert found == [[3.0, 1.0]] * 4 and asked == [1.0, 3.0, 3.0, 1.0] * 2
+    assert against.cells(found) == ["3000.0", "1000.0", "3.00 (3.00 to 3.00)"]
+    middle, low, high = against.interval([1.0, 2.0, 3.0, 4.0, 100.0])
+    assert middle == 3.0 and 1.0 <= low < middle < high <= 100.0

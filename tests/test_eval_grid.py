@@ -63,6 +63,7 @@ def test_order_and_company_change_nothing(m):
 @pytest.mark.parametrize(
     "spec", ["snapkv(budget=50)", "kivi(residual=32)", "h2o(budget=60)", "streamingllm(budget=60)",
              "expected_attention(budget=50)", "keydiff(budget=50)", "h2o(budget=60)+kivi(residual=32)",
+             "cake(budget=50)", "adakv(budget=50)", "pca(rank=16)", "snapkv(budget=60)+pca(rank=16)+kivi(group=16)",
         "h2o(budget=60)+xquant(group=32)"]
 )  # fmt: skip
 @pytest.mark.parametrize("windows", [(), (24, None)])
@@ -378,6 +379,15 @@ def test_differences_are_taken_window_by_window():
             summary.against(found, base)
     with pytest.raises(ValueError, match="nothing can be compared with 'a'"):
         summary.against(records("a 50%", [1.0], []), "a")
+
+
+def test_a_loss_below_the_full_caches_is_commented_on():
+    def rise(*values):
+        one = {"setting": "a", "task": "text", "held": 10, "full": 100, "overhead": 1, "held_start": 8, "held_end": 12}
+        return summary.cells(summary.summarise([one | {"rise": r, "kl": 0.1, "same": 1.0} for r in values])[0])[4]
+
+    assert rise(-0.5, -0.3) == "-0.400 ± 1.271 (below full: looks ahead?)"
+    assert "looks" not in rise(-0.01, -0.002) + rise(-0.5, 0.1) + rise(0.5, 0.3)  # rounding, chance, loss
 
 
 def test_retrieval_is_drawn_over_the_bytes_of_retrieval():
