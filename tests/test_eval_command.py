@@ -1,5 +1,6 @@
 """The commands of the harness: killed runs, bytes against tokens, speed, its pictures, and another checkout."""
 
+import io
 import json
 import os
 import signal
@@ -13,6 +14,7 @@ import psutil
 import pytest
 import tiny
 import torch
+from rich.console import Console
 from test_generate import write_model
 
 from nanokv import KVCache
@@ -168,6 +170,10 @@ def test_speed_takes_each_method_on_each_backend(m):
     field = speed.contestants(m, ["full", "window(budget=8)"], [], ["torch", "auto"], lesson)
     assert [c.model for c in field] == [lesson, m, lesson, m]
     assert [c.name for c in field] == [f"{s} [{b}]" for s in ("full", "window(budget=8)") for b in ("torch", "auto")]
+    records = speed.measure(field, [20], rounds=1, repeats=1, vocab=101)
+    console = Console(width=150, record=True, file=io.StringIO())
+    console.print(speed.table(records, 1000, 1e9, "full [torch]", "title"))
+    assert "full [auto]" in console.export_text()  # not taken for a style
 
 
 # another checkout

@@ -76,7 +76,7 @@ def test_sharing_the_prompt_is_reading_it(spec, windows):
     assert score.held(mine) == score.held(alone)
 
 
-@pytest.mark.parametrize("name", ["expected_attention", "h2o"])
+@pytest.mark.parametrize("name", ["expected_attention", "h2o", "keepkv", "cake"])
 def test_methods_that_take_notes_share_the_reading_at_any_budget(m, name):
     prompt, more = score.Prompt(m, tiny.ids(300), chunk=64), tiny.ids(9, seed=5)
     for budget, end in ((80, None), (40, more), (120, None)):

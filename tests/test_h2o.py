@@ -209,6 +209,18 @@ def test_the_order_of_two_policies():
     assert any(not t <= sinks_and_window for t in kept(first).values())
 
 
+@pytest.mark.parametrize("other, bound", [
+    ("kivi(bits=8,residual=32)", 40), ("streamingllm(budget=30)", 30), ("streamingllm(budget=50,reindex=False)", 40),
+])  # fmt: skip
+@pytest.mark.parametrize("first", [True, False])
+def test_beside_other_methods_the_smaller_bound_holds_at_every_step(other, bound, first):
+    m = tiny.model()
+    cache = run(m, f"h2o(budget=40)+{other}" if first else f"{other}+h2o(budget=40)", tiny.ids(100))
+    for t in range(100):
+        logits = tiny.steps(m, cache, tiny.ids(1, seed=t))
+        assert [c.counts for c in cache.layers] == [[bound] * 2] * 2 and logits.isfinite().all()
+
+
 @pytest.mark.parametrize("bad", [
     {"budget": 0}, {"budget": -3}, {"recent": -0.5}, {"recent": -3}, {"recent": 2.5}, {"recent": float("inf")},
     {"reduce": "median"},

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -180,7 +181,7 @@ def table(records: list[dict], weights: int, speed: float, base: str, title: str
         other = next(x for x in records if x["context"] == r["context"] and x["name"] == base)
         bound = (weights + r["cache_bytes"]) / speed
         out.add_row(
-            str(r["context"]), r["name"], r["used"], f"{r['prefill_s']:.2f}",
+            str(r["context"]), escape(r["name"]), r["used"], f"{r['prefill_s']:.2f}",
             f"{r['context'] / r['prefill_s']:.0f}", f"{other['prefill_s'] / r['prefill_s']:.2f}",
             f"{1 / r['step_s']:.1f}", f"{other['step_s'] / r['step_s']:.2f}",
             f"{bound / r['step_s']:.0%}", f"{r['cache_bytes'] / 2**20:.1f}",
