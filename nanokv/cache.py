@@ -75,17 +75,17 @@ class KVCache:
     def begin(self, model, ids: Tensor, phase: str | None = None) -> Tensor:
         """Start a pass of `model` over ids (B, T), see `Decoder.forward`; return positions (B, T), -1 for none."""
         now, pos = self._take(model, ids, phase)
-        self._under_way, self.phase = (ids.cpu(), now), now.phase
+        self._under_way, self.phase = (ids.cpu(), now, self.phase), now.phase
         for layer in self.layers:
             layer.now = now
         return pos
 
     def end(self) -> None:
         """Finish a pass."""
-        (ids, now), self._under_way = self._under_way, None
+        (ids, now, phase), self._under_way = self._under_way, None
         self.next_position = [a + b for a, b in zip(now.before, now.came, strict=True)]
         if now.phase == "draft":
-            self._drafted = now, ids
+            self._drafted = now, ids, phase
             return
         self._ids.append(now.came, id=ids[ids >= 0].int())
         self._finish(now)
@@ -112,7 +112,7 @@ class KVCache:
         n = [n] * self.B if isinstance(n, int) else n
         if bad := [m for m, came in zip(n, self._drafted[0].came, strict=True) if not 0 <= m <= came]:
             raise ValueError(f"a draft of {max(self._drafted[0].came)} tokens has no first {bad[0]}")
-        (now, ids), self._drafted = self._drafted, None
+        (now, ids, self.phase), self._drafted = self._drafted, None  # as if there had been no draft
         drafted = [layer.withdraw() for layer in self._own()]
         self.next_position = list(now.before)
         rows = [row[row >= 0][:m] for row, m in zip(ids, n, strict=True)]
@@ -292,6 +292,7 @@ class KVCache:
         pos = torch.tensor(before, device=device)[:, None] + torch.arange(j - i, device=device)
         pos = pos if min(came) == j - i else torch.where(real.to(device), pos, -1)
         now = Pass("decode", pos, came, before)
+        self.phase = now.phase
         for layer in self.layers:
             layer.now = now
         for layer, draft in zip(self._own(), drafted, strict=True):

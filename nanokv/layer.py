@@ -85,7 +85,7 @@ class LayerCache(Entries):
     def attend(self, q: Tensor, pos: Tensor) -> Tensor:
         """Look back from rotated q (B, H, T, D) at pos to every live entry not later than it: (B, H, T, D)."""
         self.chosen = self._select(q, pos) if self.policies else None
-        self.n_read = self.n_read + sum(self.n_slots) * self._share()
+        self.n_read = self.n_read + sum(self.n_slots) * self._share(pos)
         o = backend.attend(self.storage, q, pos, self)
         if self.recorder:
             self.recorder.attended(self, q, pos, o)
@@ -356,11 +356,13 @@ class LayerCache(Entries):
                 chosen = mask if chosen is None else chosen if mask is None else chosen & mask
         return chosen
 
-    def _share(self):
+    def _share(self, pos: Tensor):
         """Return the share of what is held that this attention reads."""
         if self.chosen is None:
             return 1.0
-        return (self.chosen.any(2) & self.live).sum() / sum(self.counts)
+        at = pos[:, None, :, None] if pos.dim() == 2 else pos[..., None]
+        read = self.chosen | (self.pos[:, :, None] == at)  # a token always sees itself
+        return (read.any(2) & self.live).sum() / sum(self.counts)
 
     def _observe(self, q: Tensor, pos: Tensor) -> None:
         """Keep each sequence's last queries, un-rotated, across the parts of a prompt."""

@@ -273,6 +273,8 @@ class Policy(Method):
 
     def ahead(self, cache) -> int | None:
         """Return how many tokens may be read before it forgets anything; None: any number."""
+        if type(self).before_attend is not Policy.before_attend:
+            return 0  # drafts are read without it
         acts = any(getattr(type(self), m) is not getattr(Policy, m) for m in ("before_append", "after_step"))
         return 1 if acts else None  # unless the method knows better
 

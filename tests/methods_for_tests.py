@@ -63,6 +63,45 @@ class Newest(Policy):
 
 
 @dataclass
+class Pages(Policy):
+    """Let a step read, of each KV head, the `best` pages whose keys' bounds promise most, and what is no page yet."""
+
+    best: int = 2
+    page: int = 8
+
+    def select(self, cache, q, pos):
+        whole = torch.tensor([n // self.page for n in cache.n_slots]).view(cache.B, -1, 1)
+        P = int(whole.max())
+        if P <= self.best:
+            return None
+        k = cache.read()[0][:, :, : P * self.page].unflatten(2, (P, self.page))
+        low, high = (bound[:, :, None, None] for bound in (k.amin(3), k.amax(3)))  # (B, Hkv, 1, 1, P, D)
+        q = q.unflatten(1, (cache.config.n_kv_heads, -1)).unsqueeze(-2)  # (B, Hkv, G, T, 1, D)
+        promise = torch.maximum(q * low, q * high).sum(-1).amax(2)  # (B, Hkv, T, P)
+        promise = promise.masked_fill(torch.arange(P) >= whole[..., None], -torch.inf)
+        chosen = torch.zeros_like(promise, dtype=torch.bool).scatter(-1, promise.topk(self.best, -1).indices, True)
+        chosen = torch.nn.functional.pad(chosen.repeat_interleave(self.page, -1), (0, cache.N - P * self.page))
+        return chosen | (torch.arange(cache.N) >= whole[..., None] * self.page)
+
+    def ahead(self, cache):
+        return 1  # a page's bounds know the tokens of a draft
+
+
+@dataclass
+class Louder(Policy):
+    """Multiply the values of what has come, before anybody looks at them."""
+
+    factor: float = 2.0
+
+    def before_attend(self, cache, x, pos):
+        T = x.shape[1]
+        k, v = (t[:, :, -T:] for t in cache.read())
+        assert torch.equal(cache.attn.v_proj(x).unflatten(-1, (-1, v.shape[-1])).transpose(1, 2), v)
+        index = torch.arange(cache.N - T, cache.N).expand(cache.B, cache.config.n_kv_heads, -1)
+        cache.write(index, k, self.factor * v)
+
+
+@dataclass
 class Oldest(Evict):
     """Keep the oldest entries after a prompt."""
 
@@ -130,6 +169,49 @@ class LastOnly(Plan):
 
     def after_layer(self, cache, i, x, pos):
         return (x[:, -1:], pos[:, -1:]) if i == self.layer and cache.phase == "last" else (x, pos)
+
+
+@dataclass
+class Tidies(Plan):
+    """After each generated token forget the entry of this rank in all layers, when all have read it."""
+
+    rank: int = 3
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.told = []
+
+    def after_pass(self, cache):
+        self.told.append((cache.phase, list(cache.next_position), [layer.n_live for layer in cache.layers]))
+        for layer in cache.layers if cache.phase == "decode" else ():
+            layer.keep(layer.rank != self.rank)
+
+    def ahead(self, cache):
+        return 1
+
+
+@dataclass
+class LooksAgain(Plan):
+    """When a prompt has ended, read it a second time, and keep the `budget` entries that this attends to most."""
+
+    budget: int = 0
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.logits = []
+
+    def after_pass(self, cache):
+        if cache.phase != "last":
+            return
+        self.logits.append(cache.model(torch.stack(cache.ids).long(), cache, "draft"))
+        score = []
+        for layer in cache.layers:
+            *_, pos, q = layer.draft
+            score.append(layer.paid(layer.rope(q, pos), pos, "mean"))
+        cache.accept(0)
+        for layer, s in zip(cache.layers, score, strict=True):
+            if self.budget:
+                layer.keep_best(s[..., : layer.N], self.budget)
 
 
 @dataclass

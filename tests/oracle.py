@@ -3,7 +3,8 @@
 The oracle computes every key, value and logit itself, in loops. Of the engine it takes only what quantisation and bases
 have made of packed entries, what merging has written, and, under policies that it has no rules of its own for, which
 entries live. Everything else must be equal: the logits of each pass, the entries that are held exactly, and, under the
-policies in RULES, the kept sets. `python tests/oracle.py --plans 2000 --seed 0` tries as many random plans.
+policies in RULES and the plans in SHARES, the kept sets. What kivi packs, and when, is computed a second time too,
+where nothing is forgotten in steps. `python tests/oracle.py --plans 2000 --seed 0` tries as many random plans.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import random
 import sys
 import time
 from collections import Counter
+from fractions import Fraction
 from itertools import combinations
 from pathlib import Path
 
@@ -22,6 +24,7 @@ import tiny  # noqa: E402
 
 from nanokv import KVCache, fast_cpu, methods  # noqa: E402
 from nanokv.method import Dense  # noqa: E402
+from nanokv.method import Plan as MethodPlan  # noqa: E402
 
 # The engine runs in fp64, but norms, RoPE's angles, products in a basis and rebuilt keys and values are fp32: each of
 # them rounds by 2^-24 = 6e-8 of a number. The longest chain is about 20 such roundings (three layers, three to six in
@@ -90,7 +93,9 @@ class Text:
         self.live = {row: [] for row in self.rows}
         self.acc = {row: Counter() for row in self.rows}  # h2o's sums
         self.known = True  # all that has happened was followed
+        self.shares = {}  # how many entries a row keeps, where a plan has said so; None: a tie has left that open
         self.asked = {i: [] for i in range(c.n_layers)}  # the prompt's queries, rotated
+        self.packed = set()  # what was ever packed: a basis that is made anew puts entries back, as packing left them
 
 
 class Read:
@@ -108,9 +113,19 @@ class Oracle:
         self.policies = cache.policies
         self.renumbers = any(p.name == "streamingllm" and p.reindex for p in self.policies)
         self.merges = any(p.name == "keepkv" for p in self.policies)
-        alone = len(self.policies) == 1
-        self.rule = RULES.get(self.policies[0].name) if alone else None
+        self.plans = [p for p in self.policies if isinstance(p, MethodPlan)]
+        scorers = [p for p in self.policies if p not in self.plans]
+        self.policy = scorers[0] if len(scorers) == 1 else None
+        names = {p.name for p in self.policies}
+        unknown = {p.name for p in self.plans} - set(SHARES) or {"tova", "adakv"} <= names
+        self.rule = RULES.get(self.policy.name) if self.policy and not unknown else None
         self.dense = isinstance(cache.storage, Dense)
+        in_steps = [
+            p for p in self.policies if getattr(p, "online", False) or p.name in ("window", "streamingllm", "cake")
+        ]
+        forgets = in_steps or any(self.c.windows or ())
+        kivi = cache.storage.name == "kivi" and not cache.bases and not forgets
+        self.kivi = Kivi(cache.storage, self) if kivi else None
         self.texts = []
 
     # Reading
@@ -173,8 +188,10 @@ class Oracle:
 
     # Forgetting
 
-    def rule_for(self, text):
-        """Return the policy's rule, if there is one and nothing that it adds up was missed."""
+    def rule_for(self, text, phase):
+        """Return the policy's rule, if there is one, and nothing that it adds up or goes by was missed."""
+        if text.shares is None and phase == "decode":
+            return None
         return self.rule if text.known or not hasattr(self.rule, "part") else None
 
     def before(self, text, n, phase):
@@ -198,19 +215,37 @@ class Oracle:
         for i in range(self.c.n_layers):
             if phase != "decode":
                 text.asked[i] += zip(new, seen.q[i][-n:], strict=True)
-        rule = self.rule_for(text)
+        rule = self.rule_for(text, phase)
+        text.known = text.known and rule is not None
         if hasattr(rule, "part") and phase != "decode":
-            rule.part(self, self.policies[0], text, new, seen)
+            rule.part(self, self.policy, text, new, seen)
         for row in text.rows if not self.renumbers else ():
             window = self.c.window(row[0])
             text.live[row] = [t for t in text.live[row] if not window or t > text.n - window]
-        if hasattr(rule, "part") and phase == "decode" and self.policies[0].online:
-            rule.part(self, self.policies[0], text, new, seen)
+        if hasattr(rule, "part") and phase == "decode" and self.policy.online:
+            rule.part(self, self.policy, text, new, seen)
         if rule and phase != "prompt":
-            margin = rule(self.policies[0], text, new, seen, phase, self)
+            margin = rule(self.policy, text, new, seen, phase, self)
         if phase == "last":
             text.asked = {i: [] for i in text.asked}
         return margin
+
+    def cut(self, p, text, score, phase, last=0, pooled=False):
+        """Keep the best of each row, {row: {token: score}}, as many as the plan says; return the narrowest decision.
+
+        The newest `last` of a row stay. `pooled`: equal scores are equal in the engine too, and no narrow decision.
+        """
+        goals, margins = dict.fromkeys(score, p.budget), []
+        if phase == "decode":
+            goals |= text.shares
+        for plan in self.plans if phase == "last" else ():
+            goals, margins = SHARES[plan.name](plan, p, text, score, self.c, last)
+            if getattr(p, "online", False):
+                text.shares = goals if min(margins, default=torch.inf) > TIE else None
+        for row, own in score.items():
+            text.live[row], margin = choose(text.live[row], own, goals[row], last=last)
+            margins.append(margin)
+        return min((m for m in margins if m > 0 or not pooled), default=torch.inf)
 
 
 def choose(live, score, n, first=0, last=0):
@@ -232,58 +267,46 @@ def window(p, text, new, seen, phase, oracle):
 
 
 def knorm(p, text, new, seen, phase, oracle):
-    margins = [torch.inf]
-    for row, live in text.live.items():
-        if (phase == "decode" and not p.decode_update) or row[0] < p.skip_layers or text.n <= p.budget:
-            continue
-        score = {t: -float(seen.keys[row][t].norm()) for t in live}
-        text.live[row], margin = choose(live, score, p.budget)
-        margins.append(margin)
-    return min(margins)
+    if text.n <= p.budget or (phase == "decode" and not p.decode_update):
+        return torch.inf
+    rows = [row for row in text.rows if row[0] >= p.skip_layers]
+    return oracle.cut(
+        p, text, {row: {t: -float(seen.keys[row][t].norm()) for t in text.live[row]} for row in rows}, phase
+    )
 
 
 def keydiff(p, text, new, seen, phase, oracle):
-    margins = [torch.inf]
+    if text.n <= p.budget or (phase == "decode" and not p.online):
+        return torch.inf
+    score = {}
     for row, live in text.live.items():
-        if (phase == "decode" and not p.online) or len(live) <= p.budget:
-            continue
         unit = {t: seen.keys[row][t] / seen.keys[row][t].norm() for t in live}
         mean = sum(unit.values())
-        score = {t: -float(unit[t] @ mean) for t in live}
-        last = min(len(new), p.budget) if phase == "decode" else 0
-        text.live[row], margin = choose(live, score, p.budget, last=last)
-        margins.append(margin)
-    return min(margins)
+        score[row] = {t: -float(unit[t] @ mean) for t in live}
+    return oracle.cut(p, text, score, phase, last=min(len(new), p.budget) if phase == "decode" else 0)
 
 
 def tova(p, text, new, seen, phase, oracle):
-    margins, G = [torch.inf], oracle.c.group
+    if text.n <= p.budget or (phase == "decode" and not p.online):
+        return torch.inf
+    score, G = {}, oracle.c.group
     for i in range(oracle.c.n_layers):
         rows = [row for row in text.rows if row[0] == i]
         live = text.live[rows[0]]
-        if (phase == "decode" and not p.online) or len(live) <= p.budget:
-            continue
         per_head = [
             oracle.probs(text, row, seen.q[i][-1:, row[1] * G : (row[1] + 1) * G], new[-1:], seen.keys[row], live)[0]
             for row in rows
         ]
         mean = torch.cat(per_head).mean(0)
-        kept, margin = choose(live, dict(zip(live, mean.tolist(), strict=True)), p.budget, last=1)
-        margins.append(margin)
-        for row in rows:
-            text.live[row] = kept
-    return min(margins)
+        score |= {row: dict(zip(live, mean.tolist(), strict=True)) for row in rows}
+    return oracle.cut(p, text, score, phase, last=1)
 
 
 def h2o(p, text, new, seen, phase, oracle):
-    margins = [torch.inf]
-    for row, live in text.live.items():
-        if (phase == "decode" and not p.online) or len(live) <= p.budget:
-            continue
-        score = {t: text.acc[row][t] for t in live}
-        text.live[row], margin = choose(live, score, p.budget, last=p.n_recent)
-        margins.append(margin)
-    return min(margins)
+    if text.n <= p.budget or (phase == "decode" and not p.online):
+        return torch.inf
+    score = {row: {t: text.acc[row][t] for t in live} for row, live in text.live.items()}
+    return oracle.cut(p, text, score, phase, last=p.n_recent)
 
 
 def h2o_part(oracle, p, text, new, seen):
@@ -301,10 +324,10 @@ h2o.part = h2o_part
 
 
 def snapkv(p, text, new, seen, phase, oracle):
-    margins, G, W = [torch.inf], oracle.c.group, min(p.window, p.budget)
+    if phase == "decode" or text.n <= p.budget:
+        return torch.inf
+    out, G, W = {}, oracle.c.group, min(p.window, p.budget)
     for row, live in text.live.items():
-        if phase == "decode" or text.n <= p.budget:
-            continue
         asked = text.asked[row[0]][-W:]
         q = torch.stack([q[row[1] * G : (row[1] + 1) * G] for _, q in asked])
         paid = oracle.probs(text, row, q, [t for t, _ in asked], seen.keys[row], live).sum(0)
@@ -312,21 +335,134 @@ def snapkv(p, text, new, seen, phase, oracle):
         old, half = s[: max(0, len(s) - W)], p.kernel // 2
         near_by = [old[max(0, j - half) : j + half + 1] for j in range(len(old))]
         pooled = [max(some) if p.pooling == "max" else sum(some) / p.kernel for some in near_by]
-        # neighbours of a peak tie with it, up to fp32: `choose` sees them as equal, the older first
-        score = dict(zip(live, pooled + [0.0] * (len(live) - len(old)), strict=True))
-        text.live[row], margin = choose(live, score, p.budget, last=W)
-        margins.append(margin if margin > 0 else torch.inf)
-    return min(margins)
+        out[row] = dict(zip(live, pooled + [0.0] * (len(live) - len(old)), strict=True))
+    # neighbours of a peak tie with it, up to fp32: `choose` sees them as equal, the older first
+    return oracle.cut(p, text, out, phase, last=W, pooled=True)
 
 
 RULES = {"window": window, "streamingllm": window, "knorm": knorm, "keydiff": keydiff, "tova": tova, "h2o": h2o,
          "snapkv": snapkv}  # fmt: skip
 
 
-class Plan:
-    """One random plan: a model, a spec, and what is read, checked as it goes."""
+def adakv(plan, p, text, score, c, last):
+    """Share each layer's budget out: seat by seat, to the head that has least of what it should have.
 
-    def __init__(self, seed):
+    A tie for the last seat goes to the older entry, then to the lower head. It may go either way where fp64 rounds it
+    (fifths), and where heads hold different tokens, whose age the engine tells by their slots.
+    """
+    goals, margins = {}, []
+    for i in range(c.n_layers):
+        rows = [row for row in score if row[0] == i]
+        total = (p.budget - last) * len(rows)
+        old = {row: text.live[row][: len(text.live[row]) - last] for row in rows}
+        ranked = sorted((-score[row][t], j, row) for row in rows for j, t in enumerate(old[row]))
+        free = Counter(row for *_, row in ranked[:total])
+        if 0 < total < len(ranked):
+            largest = max(1e-9, max(abs(s) for s, *_ in ranked))
+            margins.append((ranked[total][0] - ranked[total - 1][0]) / largest)
+        lack = {row: (1 - plan.alpha) * free[row] for row in rows}
+        wanted = sorted((round(k - lack[row], 9), t, row) for row in rows for k, t in enumerate(old[row], 1))
+        seats = Counter(row for *_, row in wanted[:total])
+        strict = plan.alpha in (0.0, 0.5) and len({tuple(own) for own in old.values()}) == 1
+        if 0 < total < len(wanted) and wanted[total][0] == wanted[total - 1][0] and not strict:
+            margins.append(TIE / 2)
+        spare = max(0, total - len(ranked)) // max(1, len(rows))
+        goals |= {row: seats[row] + spare + last for row in rows}
+    return goals, margins
+
+
+def pyramidkv(plan, p, text, score, c, last):
+    """Budgets that fall evenly from layer to layer; what rounding leaves over goes to the first ones."""
+    L, b, n = c.n_layers, p.budget - last, text.n - last
+    of = [b] * L
+    if L > 1 and b > 0:
+        low = min(Fraction(b), max(Fraction(b, plan.beta), Fraction(1)))
+        high = min(2 * b - low, Fraction(n))
+        low = 2 * b - high
+        of = [int(high - (high - low) * i / (L - 1)) for i in range(L)]
+        for i in range(L):
+            of[i] += sum(of) < L * b and of[i] < n
+    return {row: of[row[0]] + last for row in score}, []
+
+
+SHARES = {"adakv": adakv, "pyramidkv": pyramidkv}
+
+
+class Kivi:
+    """What kivi packs, and when, where all that it is given stays or is forgotten in prompts only."""
+
+    def __init__(self, storage, oracle):
+        self.s, self.oracle = storage, oracle
+        self.sinks, self.own, self.met = {}, {}, {}  # by text and row: sinks; packed numbers; the engine's, once seen
+        self.lost = set()  # texts and layers in which a packed key was forgotten: its slot stays while its group does
+        self.numbers, self.other = 0, 0  # how many were compared, and how many are another code
+
+    def pack(self, text):
+        """Pack what is due when a pass has ended."""
+        for row, live in text.live.items():
+            at = id(text), row
+            if any(t not in live for t in self.own.get(at, {}).get("k", ())):
+                self.lost.add((id(text), row[0]))
+            if at not in self.sinks:
+                if len(live) <= self.s.n_sink:
+                    continue
+                self.sinks[at], self.own[at] = set(live[: self.s.n_sink]), {"k": {}, "v": {}}
+            for which, own in self.own[at].items():
+                exact = [t for t in live if t not in own and t not in self.sinks[at]]
+                every = self.s.group if which == "k" else 1
+                n = len(exact) // self.s.residual * self.s.residual if which == "k" else len(exact) - self.s.residual
+                for j in range(0, n, every):
+                    own |= self.packed(text, row, which, exact[j : j + every])
+
+    def packed(self, text, row, which, tokens):
+        """Return {token: (numbers (D,), by how much they may differ)}: keys by channel, values by token."""
+        (i, h), g = row, self.s.group
+        x = (text.k if which == "k" else text.v)[i][tokens, h]  # (tokens, D)
+        x = self.oracle.w.rotate(x, torch.tensor(tokens)).T if which == "k" else x.view(-1, g)  # (groups, g)
+        low = x.amin(1, keepdim=True).half().double()
+        steps = 2 ** (self.s.bits_k if which == "k" else self.s.bits_v) - 1
+        scale = ((x.amax(1, keepdim=True) - low) / steps).half().double()
+        scale = torch.where(scale > 0, scale, 1.0)
+        back = low + scale * ((x - low) / scale).round().clamp(0, steps)
+        # the engine's x is off by CLOSE, so that a number at a border may get the next code, or a minimum the next half
+        near_by = (scale + low.abs() * 2**-10).expand_as(x) * 1.01
+        back, near_by = ((t.T if which == "k" else t).reshape(len(tokens), -1) for t in (back, near_by))
+        return dict(zip(tokens, zip(back, near_by, strict=True), strict=True))
+
+    def check(self, text, row, which, t, got):
+        """Compare one entry of the engine, its numbers (D,) if it is packed, else None."""
+        at = id(text), row
+        if (id(text), row[0]) in self.lost:
+            return
+        own = self.own.get(at, {}).get(which, {}).get(t)
+        if (got is None) != (own is None):
+            is_, should = ("exact", "packed") if got is None else ("packed", "exact")
+            raise Mismatch(f"kivi: {which} of token {t} in row {row} is {is_}, and should be {should}")
+        if got is None:
+            return
+        before = self.met.get((at, which, t))
+        if before is not None and not torch.equal(before, got):
+            raise Mismatch(f"kivi: {which} of token {t} in row {row} has been packed twice")
+        if before is None:
+            self.met[at, which, t] = got.clone()
+            off = (got.double() - own[0]).abs()
+            if bool((off > own[1]).any()):
+                raise Mismatch(
+                    f"kivi: {which} of token {t} in row {row} is off by {float((off / own[1]).max()):.1f} steps"
+                )
+            self.numbers += len(off)
+            self.other += int((off > 1e-4 * own[1] + 1e-6 * own[0].abs()).sum())
+
+    def done(self):
+        """Raise Mismatch if more numbers are another code than rounding explains: 1 in 50, and two groups."""
+        if self.other > self.numbers / 50 + 64:
+            raise Mismatch(f"kivi: {self.other} of {self.numbers} packed numbers are another code")
+
+
+class Plan:
+    """One random plan: a model, a spec (or the given one), and what is read, checked as it goes."""
+
+    def __init__(self, seed, given=None):
         self.rng, self.count = random.Random(seed), Counter()
         rng = self.rng
         G, heads, L = rng.choice([1, 3, 4]), rng.randint(1, 4), rng.randint(1, 3)
@@ -335,11 +471,13 @@ class Plan:
             options["windows"] = tuple(rng.choice([None, rng.randint(5, 40)]) for _ in range(L))
         self.model = tiny.model(G, heads, n_layers=L, seed=seed, dtype=torch.float64, **options)
         while True:
-            self.spec = spec(rng)
+            self.spec = given or spec(rng)
             try:
                 self.cache = KVCache(self.model, self.spec)
                 break
             except NotImplementedError:
+                if given:
+                    raise
                 self.count["refused"] += 1
         self.oracle = Oracle(self.model, self.cache)
         if rng.random() < 0.5:
@@ -360,6 +498,9 @@ class Plan:
             if self.rng.random() < 0.1:
                 self.cache = self.cache.clone()
                 self.count["clones"] += 1
+        if self.oracle.kivi:
+            self.oracle.kivi.done()
+            self.count["kivi's numbers"] += self.oracle.kivi.numbers
         return self.count
 
     def tokens(self, n):
@@ -408,6 +549,11 @@ class Plan:
         for b, (text, n, row) in enumerate(zip(self.oracle.texts, keep, rows, strict=True)):
             text.live, margin = dict(before[b]), torch.inf
             start, packs = text.n - len(row), not self.oracle.dense  # what is packed in between is not followed
+            for j in range(n if self.oracle.kivi else 0):
+                text.live = {at: [*live, start + j] for at, live in text.live.items()}
+                self.oracle.kivi.pack(text)
+            if self.oracle.kivi:
+                text.live = dict(before[b])
             if packs:
                 text.known = text.known and not n
                 text.live = {at: live + list(range(start, start + n)) for at, live in text.live.items()}
@@ -447,25 +593,28 @@ class Plan:
             near(logits[b, T - len(row) :], seen[b].logits, f"logits of sequence {b} in a {phase} of {len(row)}")
             self.count["tokens compared"] += len(row)
             if phase != "draft":
-                self.compare(b, self.oracle.after(text, len(row), phase, seen[b]))
+                self.compare(b, self.oracle.after(text, len(row), phase, seen[b]), phase)
         return seen
 
-    def compare(self, b, margin, unseen=False):
+    def compare(self, b, margin, phase="decode", unseen=False):
         """Compare kept sets; where they were won by a hair, or the oracle knows no rule, go on with the engine's."""
         text, cache = self.oracle.texts[b], self.cache
         if cache.next_position[b] != text.n:
             raise Mismatch(f"sequence {b} has read {text.n}, not {cache.next_position[b]}")
-        knows = (self.oracle.rule_for(text) or not self.oracle.policies) and not unseen
+        knows = (self.oracle.rule_for(text, phase) or not self.oracle.policies) and not unseen
         for row in text.rows:
             got = cache.live_positions(*row, b).tolist()
             if knows:
                 self.count["kept sets"] += 1
+                self.count["kept sets under plans"] += bool(self.oracle.plans)
                 if got != text.live[row] and margin > TIE:
                     raise Mismatch(f"row {row} of sequence {b} keeps {got}, not {text.live[row]} (by {margin:.1e})")
                 self.count["ties"] += got != text.live[row]
             elif not set(got) <= set(text.live[row]):
                 raise Mismatch(f"row {row} of sequence {b} keeps {got}, of {text.live[row]}")
             text.live[row] = got
+        if self.oracle.kivi and not unseen and phase != "prompt":
+            self.oracle.kivi.pack(text)
 
     def take(self, phase):
         """Take what is packed or merged from the engine; compare what is held exactly."""
@@ -492,7 +641,12 @@ class Plan:
                         true = true if layer.raw else self.oracle.w.rotate(true[None], at)[0]
                         mine = {"k": true, "v": text.v[i][t, h]}
                         for which, x in (("k", k), ("v", v)):
-                            if self.oracle.merges or (packed[which] is not None and bool(packed[which][r, slot])):
+                            is_packed = packed[which] is not None and bool(packed[which][r, slot])
+                            if self.oracle.kivi:
+                                self.oracle.kivi.check(text, row, which, t, x[r, slot] if is_packed else None)
+                            if is_packed:
+                                text.packed.add((row, which, t))
+                            if self.oracle.merges or (row, which, t) in text.packed:
                                 mine[which] = x[r, slot].double().clone()  # not a view of what will change
                                 self.count["packed or merged entries"] += which == "k"
                             else:
@@ -548,13 +702,16 @@ def spec(rng) -> str:
     some = lambda: (lambda name: f"{name}(budget={budget}, {one[name]})")(rng.choice(list(one)))  # noqa: E731
     policies = [some() for _ in range(rng.choices([0, 1, 2], [1, 7, 1])[0])]
     cake = f"cake(budget={budget}, window={rng.choice([2, 4, 7])}, floor=2)"
-    plans = rng.choices([[], ["adakv"], ["pyramidkv(beta=3)"], [cake]], [6, 2, 2, 1])[0]
+    usual = "" if policies else f"budget={budget}, window={window}, "  # of the policy that a plan brings
+    beta = rng.choice([1, 3, 20])
+    ada, pyramid = f"adakv({usual}alpha={rng.choice([0.0, 0.2, 0.5])})", f"pyramidkv({usual}beta={beta})"
+    plans = rng.choices([[], [ada], [pyramid], [cake]], [6, 2, 2, 1])[0]
     return "+".join([*policies, *plans, *storage]) or "full"
 
 
-def tried(seed) -> Counter:
-    """Run one plan; a Mismatch tells its seed and spec."""
-    plan = Plan(seed)
+def tried(seed, given=None) -> Counter:
+    """Run one plan, of a random spec or the given one; a Mismatch tells its seed and spec."""
+    plan = Plan(seed, given)
     try:
         return plan.run()
     except Exception as error:
@@ -568,11 +725,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--plans", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--spec", help="try this spec only")
     args = parser.parse_args()
     total, wrong, start = Counter(), 0, time.perf_counter()
     for seed in range(args.seed, args.seed + args.plans):
         try:
-            total.update(tried(seed))
+            total.update(tried(seed, args.spec))
         except Mismatch as error:
             wrong += 1
             print(error)

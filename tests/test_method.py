@@ -6,7 +6,22 @@ from dataclasses import dataclass
 import pytest
 import tiny
 import torch
-from methods_for_tests import Backwards, Every, LastOnly, Log, Newest, Oldest, OnlyFirst, Pairs, Rounded, Skips
+from methods_for_tests import (
+    Backwards,
+    Every,
+    LastOnly,
+    Log,
+    LooksAgain,
+    Louder,
+    Newest,
+    Oldest,
+    OnlyFirst,
+    Pages,
+    Pairs,
+    Rounded,
+    Skips,
+    Tidies,
+)
 
 from nanokv import KVCache, generate, generate_batch
 from nanokv.layer import Borrowed
@@ -66,7 +81,151 @@ def test_two_selections_meet_and_batches_are_as_alone():
     assert tiny.rms(both(m, [Newest(budget=8), Newest(budget=30)])[0], both(m, Newest(budget=8))[0]) < 1e-12
 
 
+class ByLoops:
+    """A recorder that attends to the best pages of each head by loops, and notes how far attention is from that."""
+
+    def __init__(self, best, page):
+        self.best, self.page, self.errors, self.read = best, page, [], []
+
+    def attended(self, cache, q, pos, o):
+        G, (k, v) = cache.config.group, cache.read()
+        for b in range(cache.B):
+            for h in range(cache.config.n_kv_heads):
+                n, mine = cache.n_slots[b * cache.config.n_kv_heads + h], q[b, h * G : (h + 1) * G, -1]
+                pages = [list(range(i, i + self.page)) for i in range(0, n - n % self.page, self.page)]
+                promise = []
+                for page in pages:
+                    low, high = k[b, h, page].aminmax(dim=0)
+                    promise.append(max(float(torch.maximum(one * low, one * high).sum()) for one in mine))
+                best = sorted(range(len(pages)), key=lambda i: -promise[i])[: self.best]
+                slots = [t for i in sorted(best) for t in pages[i]] + list(range(n - n % self.page, n))
+                slots += [n - 1] if n - 1 not in slots else []  # a token always sees itself
+                p = (mine @ k[b, h, slots].T / k.shape[-1] ** 0.5).softmax(-1)
+                self.errors.append(tiny.rms(o[b, h * G : (h + 1) * G, -1], p @ v[b, h, slots]))
+                self.read.append(len(slots))
+
+
+def test_each_head_reads_its_own_pages():
+    m = tiny.model(dtype=torch.float64)
+    cache, whole = KVCache(m, Pages(best=2, page=8)), both(m, "full", 60, 12)[1]
+    assert tiny.rms(tiny.feed(m, cache, tiny.ids(60)), both(m, "full", 60)[0][:, :60]) < 1e-12  # prompts read all
+    seen = ByLoops(2, 8)
+    for layer in cache.layers:
+        layer.recorder = seen
+    tiny.steps(m, cache, tiny.ids(12, seed=4))
+    assert len(seen.errors) == 12 * 2 * 2 and max(seen.errors) < 1e-6
+    assert cache.layers[0].n_live == 72  # nothing is forgotten
+    rows, full = cache.ledger()["layers"], whole.ledger()["layers"]
+    for i, row in enumerate(rows):  # what the last step loaded, of 72 entries of two heads
+        assert row["read"] == round(full[i]["read"] * sum(seen.read[-4 + 2 * i :][:2]) / 144)
+    assert rows[0]["read"] < 0.4 * full[0]["read"] and rows[0]["held"] >= full[0]["held"]
+
+
+def test_pages_of_a_batch_are_as_alone_and_all_pages_are_the_whole():
+    m, more = tiny.model(dtype=torch.float64), tiny.ids(9, seed=4)
+    texts = [tiny.ids(n, seed=n)[0].tolist() for n in (70, 33, 5)]
+    for spec in ([Pages()], [Pages(), "h2o(budget=40)"], [Pages(), "kivi(group=16, residual=16)"]):
+        got = list(zip(*generate_batch(m, KVCache(m, spec), texts, 15), strict=True))
+        assert [list(g) for g in got] == [list(generate(m, KVCache(m, spec), t, 15)) for t in texts]
+    assert tiny.rms(both(m, Pages(best=9, page=8))[0], both(m, "full")[0]) < 1e-12
+    a, b = (both(m, Pages())[1] for _ in range(2))
+    draft, steps = m(more, a, "draft"), tiny.steps(m, b, more[:, :1])
+    a.accept(1)
+    assert tiny.rms(draft[:, :1], steps) < 1e-12 and tiny.rms(tiny.steps(m, a, more), tiny.steps(m, b, more)) < 1e-12
+
+
+# before_attend
+
+
+def test_what_comes_can_be_altered_before_anybody_looks_at_it():
+    m = tiny.model(dtype=torch.float64)
+    twin = copy.deepcopy(m)
+    for block in twin.layers:
+        block.self_attn.v_proj.weight.mul_(2)
+    for chunk in (None, 13):
+        got, want = KVCache(m, Louder()), KVCache(twin)
+        a, b = (
+            torch.cat([tiny.feed(model, c, tiny.ids(40), chunk), tiny.steps(model, c, tiny.ids(6, seed=4))], 1)
+            for model, c in ((m, got), (twin, want))
+        )
+        assert tiny.rms(a, b) < 1e-12
+
+
+def test_drafts_promise_nothing_where_what_comes_is_altered():
+    m, more = tiny.model(dtype=torch.float64), tiny.ids(3, seed=4)
+    a, b = (both(m, Louder())[1] for _ in range(2))
+    assert a.ahead() == 0  # a draft is read without it: not even its first token is what a step would read
+    draft = m(more, a, "draft")
+    a.accept(0)
+    assert tiny.rms(draft, tiny.steps(m, b, more)) > 1e-4
+    b = both(m, Louder())[1]
+    assert torch.equal(tiny.steps(m, a, more), tiny.steps(m, b, more))  # and a rejected one leaves no trace
+
+
 # Plans
+
+
+def test_a_plan_may_act_when_a_pass_has_ended_and_accepted_tokens_are_steps():
+    m, more = tiny.model(dtype=torch.float64), tiny.ids(12, seed=4)
+    plans = Tidies(), Tidies()
+    a, b = (KVCache(m, plan) for plan in plans)
+    for cache in (a, b):
+        tiny.feed(m, cache, tiny.ids(20), 8)
+    assert plans[0].told == [("prompt", [8], [8, 8]), ("prompt", [16], [16, 16]), ("last", [20], [20, 20])]
+    tiny.steps(m, b, more[:, :4])
+    assert b.live_positions(1, 1).tolist() == [0, 1, 2, *range(7, 24)]
+    m(more[:, :6], a, "draft")
+    assert len(plans[0].told) == 3  # a draft is no pass that has ended
+    a.accept(4)
+    assert plans[0].told == plans[1].told and plans[0].told[-1] == ("decode", [24], [21, 21])
+    assert a.live_positions(1, 1).tolist() == b.live_positions(1, 1).tolist()
+    texts = [tiny.ids(n, seed=n)[0].tolist() for n in (30, 9)]
+    got = list(zip(*generate_batch(m, KVCache(m, Tidies()), texts, 9), strict=True))
+    assert [list(g) for g in got] == [list(generate(m, KVCache(m, Tidies()), t, 9)) for t in texts]
+
+
+@pytest.mark.parametrize("others", ["", "kivi(group=16, residual=16)", "h2o(budget=20)", "pca(rank=8, least=12)"])
+def test_a_second_look_at_the_prompt_leaves_no_trace(others):
+    m, plan = tiny.model(dtype=torch.float64), LooksAgain()
+    got, cache = both(m, [plan, *([others] if others else [])])
+    want, plain = both(m, others or "full")
+    assert len(plan.logits) == 1 and torch.equal(got, want)
+    assert cache.next_position == [72] and cache.phase == "decode" and len(cache.ids[0]) == 72
+    totals = cache.ledger()["total"], plain.ledger()["total"]
+    for part in ("payload", "scales", "columns", "residual", "full", "read"):  # room that it took may still be spare
+        assert totals[0][part] == totals[1][part], part
+    if not others:  # it was read as what follows the prompt
+        twice = KVCache(m)
+        assert tiny.rms(m(torch.cat([tiny.ids(60)] * 2, 1), twice)[:, 60:], plan.logits[0]) < 1e-12
+
+
+def test_a_second_look_may_decide_what_stays():
+    m = tiny.model(dtype=torch.float64)
+    _, cache = both(m, LooksAgain(budget=16), more=1)
+    full = KVCache(m)
+    tiny.feed(m, full, tiny.ids(60))
+    m(tiny.ids(60), full, "draft")
+    for i, layer in enumerate(full.layers):
+        *_, pos, q = layer.draft
+        p = layer.probs(layer.rope(q, pos), pos).unflatten(1, (2, -1)).mean(2).sum(2)[0, :, :60]
+        for h in range(2):
+            want = sorted(p[h].argsort(descending=True, stable=True)[:16].tolist())
+            assert cache.live_positions(i, h).tolist() == [*want, 60]
+
+
+def test_a_draft_in_the_middle_of_a_prompt_leaves_it_there(tmp_path):
+    m, ids = tiny.model(dtype=torch.float64), tiny.ids(60)
+    a, b = (KVCache(m, "snapkv(budget=16, window=8)") for _ in range(2))
+    for cache in (a, b):
+        m(ids[:, :55], cache, "prompt")
+    m(tiny.ids(5, seed=4), a, "draft")
+    a.accept(0)
+    assert a.phase == "prompt"
+    with pytest.raises(ValueError, match="when a prompt or a pass has ended"):
+        a.save(tmp_path / "c")  # its last queries are not written down
+    for cache in (a, b):
+        m(ids[:, 55:], cache, "last")
+    assert a.live_positions(1, 1).tolist() == b.live_positions(1, 1).tolist()
 
 
 def test_a_layer_that_borrows_reads_what_its_lender_holds():

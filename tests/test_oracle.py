@@ -6,8 +6,11 @@ import oracle
 import pytest
 import torch
 
-from nanokv import attention, backend
+from nanokv import attention, backend, quant
 from nanokv.entries import Entries
+from nanokv.methods.adakv import AdaKV
+from nanokv.methods.kivi import KIVI
+from nanokv.methods.pyramidkv import PyramidKV
 
 TODAY = datetime.date.today().toordinal() * 1000  # other plans every day; a failure names its seed
 
@@ -22,6 +25,7 @@ def test_plans_differ_and_contain_what_matters():
     for what in ("pauses", "later prompts", "unequal prompts", "prompts in parts", "drafts", "kept sets", "clones"):
         assert total[what], what
     assert total["packed or merged entries"] > 100 and total["exact entries"] > 1000
+    assert total["kept sets under plans"] and total["kivi's numbers"]
 
 
 def later_one(self, pos):
@@ -57,6 +61,47 @@ def test_the_oracle_sees_faults(monkeypatch, where, what, fault):
     for seed in range(12):
         try:
             oracle.tried(seed)
+        except oracle.Mismatch:
+            wrong += 1
+    assert wrong >= 2
+
+
+def one_moved(budgets):
+    """Let the last layer have an entry of the first one's."""
+    return [budgets[0] - 1, *budgets[1:-1], budgets[-1] + 1] if len(set(budgets)) > 1 else budgets
+
+
+def less_even(self, cache, score, policy, original=AdaKV.shares):
+    return original(AdaKV(alpha=self.alpha / 2), cache, score, policy)
+
+
+def rounded_late(x, bits):
+    """Compute codes from a scale that is rounded only afterwards."""
+    low, high = x.float().aminmax(dim=-1)
+    scale = (high - low) / (2**bits - 1)
+    codes = ((x.float() - low[..., None]) / scale[..., None]).round().clamp(0, 2**bits - 1)
+    return codes.to(torch.uint8), scale.half(), low.half()
+
+
+PYRAMID, ADA = "pyramidkv(budget=14, window=4, beta=3)", "adakv(budget=12, window=4, alpha=0.5)"
+CODES = "kivi(bits_k=4, bits_v=8, group=8, residual=16)"
+FAULTS = [
+    (PYRAMID, PyramidKV, "budgets", lambda self, *a, original=PyramidKV.budgets: one_moved(original(self, *a))),
+    (ADA, AdaKV, "shares", less_even),
+    (ADA, AdaKV, "shares", lambda self, cache, score, policy: policy.budget),
+    (CODES, quant, "quantise", rounded_late),
+    (CODES, KIVI, "due", lambda self, which, n: n - n % (self.group if which == "k" else self.residual)),
+]
+
+
+@pytest.mark.parametrize("spec, where, what, fault", FAULTS)
+def test_the_oracle_sees_faults_of_plans_and_codes(monkeypatch, spec, where, what, fault):
+    assert all(oracle.tried(seed, spec)["tokens compared"] for seed in range(8))
+    monkeypatch.setattr(where, what, fault)
+    wrong = 0
+    for seed in range(8):
+        try:
+            oracle.tried(seed, spec)
         except oracle.Mismatch:
             wrong += 1
     assert wrong >= 2
