@@ -109,7 +109,9 @@ class KVCache:
         """
         if self._drafted is None:
             raise ValueError("there is no draft to accept")
-        n = [n] * self.B if isinstance(n, int) else n
+        n = [n] * self.B if isinstance(n, int) else list(n)
+        if len(n) != self.B:
+            raise ValueError(f"accept takes one number, or one for each of {self.B} sequences, not {len(n)}")
         if bad := [m for m, came in zip(n, self._drafted[0].came, strict=True) if not 0 <= m <= came]:
             raise ValueError(f"a draft of {max(self._drafted[0].came)} tokens has no first {bad[0]}")
         (now, ids, self.phase), self._drafted = self._drafted, None  # as if there had been no draft
@@ -246,15 +248,18 @@ class KVCache:
         if phase not in (None, *PHASES):
             raise ValueError(f"phase must be one of {', '.join(PHASES)}, or None, not {phase!r}")
         B, T = ids.shape
-        if not ids.numel():
+        host = ids.cpu()
+        if not ids.numel() or (not self.B and int(host.max()) < 0):
             raise ValueError(f"a pass over {B} sequences and {T} tokens reads nothing")
+        if ids.is_floating_point() or int(host.max()) >= self.config.vocab or int(host.min()) < -1:
+            raise ValueError(f"ids are whole numbers from 0 to {self.config.vocab - 1}, or -1 where nothing is read")
         if self.B not in (0, B):
             raise ValueError(f"this cache holds a batch of {self.B}, not {B}; call reset() first")
-        real = ids.cpu() >= 0
+        real = host >= 0
         came = real.sum(1).tolist()
         if bool((real[:, :-1] & ~real[:, 1:]).any()):
             raise ValueError("ids of -1 stand before a sequence's tokens, not among or behind them")
-        if self.chunk and self.chunk < max(came):
+        if self.chunk and self.chunk < max(came) and phase != "draft":
             raise ValueError(f"{self.spec} reads at most {self.chunk} tokens per pass, not {T}; use nanokv.generate")
         if not self.B:
             self.B, self.next_position, self._ids = B, [0] * B, Rows(B)

@@ -18,6 +18,10 @@ def prefill(model, cache: KVCache, prompts, chunk: int | None = None, progress: 
     it would be alone, and end together. `progress` is called with the number of tokens read after each part.
     """
     prompts = [list(p) for p in (prompts.tolist() if isinstance(prompts, Tensor) else prompts)]
+    if not any(prompts):
+        raise ValueError("the prompt is empty")
+    if chunk is not None and chunk < 1:
+        raise ValueError("chunk must be at least 1")
     chunk = chunk or CHUNK * 4 // model.embed_tokens.weight.element_size()
     step = min(c for c in (chunk, cache.chunk) if c)
     parts = [[p[i : i + step] for i in range(0, len(p), step)] for p in prompts]
@@ -74,7 +78,7 @@ def generate_batch(
     Raises ValueError for an empty batch, an empty or too long prompt and for options out of range, FloatingPointError
     where the model's numbers are none.
     """
-    prompts = [list(p) for p in prompts]
+    prompts = [p.tolist() if isinstance(p, Tensor) else list(p) for p in prompts]
     _check_prompts(cache, prompts)
     _check_options(max_new_tokens, chunk, temperature, top_k, top_p, min_p, repetition_penalty)
     done, stop = [not p for p in prompts], set(stop)

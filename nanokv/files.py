@@ -1,5 +1,6 @@
 """Files that are written whole or not at all."""
 
+import errno
 import json
 import os
 import tempfile
@@ -9,8 +10,13 @@ from pathlib import Path
 
 @contextmanager
 def whole(path):
-    """Yield a temporary file beside `path`; what is written there takes its place at the end, or nothing does."""
-    path = Path(path)
+    """Yield a temporary file beside `path`; what is written there takes its place at the end, or nothing does.
+
+    Links are followed. OSError for what is there and is no regular file, such as a folder or a device.
+    """
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
     handle, part = tempfile.mkstemp(".part", f".{path.name[:100]}.", path.parent)
     os.close(handle)
     try:

@@ -150,6 +150,8 @@ class LayerCache(Entries):
     def ahead(self) -> int | None:
         """Return how many tokens may be read before anything is packed or forgotten; None: any number."""
         every = [self.storage.ahead(), *(p.ahead(self) for p in self.policies)]
+        if self.window and every[0] is not None:  # what leaves the window is freed, and changes what is packed when
+            every.append(1)
         return min((n for n in every if n is not None), default=None)
 
     def withdraw(self) -> tuple | None:

@@ -134,6 +134,13 @@ def test_what_cannot_be_is_refused_in_words():
         (lambda: m(torch.empty(2, 0, dtype=torch.int64), cache), "a pass over 2 sequences and 0 tokens reads nothing"),
         (lambda: m(torch.tensor([[3, -1]]), cache), "-1 stand before a sequence's tokens"),
         (lambda: m(torch.tensor([[3, -1, 4]]), cache), "-1 stand before a sequence's tokens"),
+        (lambda: m(torch.full((2, 2), -1), cache), "a pass over 2 sequences and 2 tokens reads nothing"),
+        (lambda: m(torch.tensor([[101]]), cache), "ids are whole numbers from 0 to 100, or -1"),
+        (lambda: m(torch.tensor([[1, -2]]), cache), "ids are whole numbers from 0 to 100, or -1"),
+        (lambda: m(torch.tensor([[1.0]]), cache), "ids are whole numbers from 0 to 100, or -1"),
+        (lambda: prefill(m, cache, [[]]), "the prompt is empty"),
+        (lambda: prefill(m, cache, []), "the prompt is empty"),
+        (lambda: prefill(m, cache, [[1]], chunk=-1), "chunk must be at least 1"),
         (lambda: m(tiny.ids(3), cache, "later"), "phase must be one of prompt, last, decode, draft"),
         (lambda: other(tiny.ids(3), cache), "this cache was made for another model"),
         (lambda: cache.accept(1), "there is no draft to accept"),
@@ -149,6 +156,9 @@ def test_what_cannot_be_is_refused_in_words():
         (lambda: m(tiny.ids(1), cache), "a draft is open"),
         (lambda: cache.accept(4), "a draft of 3 tokens has no first 4"),
         (lambda: cache.accept(-1), "a draft of 3 tokens has no first -1"),
+        (lambda: cache.accept([1, 2]), "accept takes one number, or one for each of 1 sequences, not 2"),
+        (lambda: cache.truncate(3), "a draft or a pass is open"),
+        (lambda: cache.expand(2), "a draft or a pass is open"),
         (lambda: cache.save("x"), "not in the middle of it"),
     ):
         with pytest.raises(ValueError, match=words):
@@ -165,3 +175,72 @@ def test_a_pass_in_which_nobody_reads_changes_nothing():
     m(torch.full((3, 1), -1), cache, "decode")
     assert cache.next_position == [40, 11, 3]
     assert before == [cache.live_positions(0, 0, b).tolist() for b in range(3)]
+
+
+def test_a_refused_truncate_leaves_every_layer_as_it_was():
+    m = model(windows=(None, 24))
+    cache, want = KVCache(m), KVCache(m)
+    for c in (cache, want):
+        tiny.feed(m, c, tiny.ids(40))
+    with pytest.raises(NotImplementedError, match="forgets nothing"):
+        cache.truncate(30)
+    assert torch.equal(m(tiny.ids(1), cache), m(tiny.ids(1), want))
+
+
+def test_a_cache_can_be_cut_again_and_after_drafts_and_expanding():
+    m = model()
+    cache, want = KVCache(m), KVCache(m)
+    tiny.feed(m, cache, tiny.ids(20))
+    cache.truncate(12)
+    cache.truncate(10)
+    m(tiny.ids(4), cache, "draft")
+    cache.accept(0)
+    cache.truncate(8)
+    cache.expand(2)
+    cache.truncate(6)
+    assert cache.next_position == [6, 6] and [len(row) for row in cache.ids] == [6, 6]
+    tiny.feed(m, want, tiny.ids(20)[:, :6])
+    more = tiny.ids(5, seed=3)
+    assert tiny.rms(tiny.steps(m, cache, more.expand(2, -1))[1:], tiny.steps(m, want, more)) < 1e-12
+
+
+@pytest.mark.parametrize("spec", ["h2o(budget=40)+pyramidkv", "h2o(budget=30)+adakv"])
+def test_a_sequence_that_pauses_keeps_its_shares_when_another_reads_a_prompt(spec):
+    m, text = model(), list(range(12))
+    cache, alone = KVCache(m, spec), KVCache(m, spec)
+    prefill(m, cache, [text, text])
+    prefill(m, alone, [text])
+    for t in range(40):
+        m(torch.tensor([[t], [t]]), cache)
+        m(torch.tensor([[t]]), alone)
+    prefill(m, cache, [[], list(range(60))])
+    for t in range(20):
+        both, own = m(torch.tensor([[t], [t]]), cache), m(torch.tensor([[t]]), alone)
+    assert tiny.rms(both[:1], own) < 1e-9
+
+
+def test_a_draft_may_be_longer_than_the_parts_in_which_prompts_are_read():
+    m = model()
+    cache, want = KVCache(m, "streamingllm(budget=40)"), KVCache(m, "streamingllm(budget=40)")
+    for c in (cache, want):
+        tiny.feed(m, c, tiny.ids(2))
+    n = cache.ahead()
+    assert n > cache.chunk
+    more = tiny.ids(n, seed=4)
+    draft = m(more, cache, "draft")
+    assert tiny.rms(draft, tiny.steps(m, want, more)) < 1e-9
+
+
+def test_drafts_beside_a_window_and_blocks_are_what_steps_are():
+    m = model(G=1, n_kv_heads=1, windows=(24, None))
+    spec = "kivi(bits=3, group=16, residual=16, n_sink=3, block=32)"
+    cache, want, more = KVCache(m, spec), KVCache(m, spec), tiny.ids(60, seed=5)
+    for c in (cache, want):
+        tiny.feed(m, c, tiny.ids(20))
+    i = 0
+    while i < 60:
+        part = more[:, i : i + min(7, max(1, cache.ahead()))]
+        draft = m(part, cache, "draft")
+        cache.accept(part.shape[1])
+        assert tiny.rms(draft, tiny.steps(m, want, part)) < 1e-9
+        i += part.shape[1]
